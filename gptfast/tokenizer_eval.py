@@ -1,0 +1,124 @@
+"""What the report tells of a tokenizer: its tokens, and its compression beside GPT-2 and GPT-4."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import tiktoken
+
+from gptfast.errors import UserError
+from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer_texts import TEXTS
+
+# The reports' names of tiktoken's encodings.
+REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text under two tokenizers: its size in bytes, and in tokens of each."""
+
+    text: str
+    bytes: int
+    theirs: int
+    ours: int
+
+    @property
+    def their_ratio(self) -> float:
+        return self.bytes / self.theirs
+
+    @property
+    def our_ratio(self) -> float:
+        return self.bytes / self.ours
+
+    @property
+    def relative_diff(self) -> float:
+        """How many per cent fewer tokens are ours; negative if they are more."""
+        return (self.theirs - self.ours) / self.theirs * 100
+
+    def as_dict(self) -> dict[str, object]:
+        ratios = ("their_ratio", "our_ratio", "relative_diff")
+        return asdict(self) | {name: getattr(self, name) for name in ratios}
+
+
+def training_summary(tokenizer: Tokenizer) -> dict[str, object]:
+    """What the report tells of a trained tokenizer: its settings, and bytes a token."""
+    lengths = tokenizer.token_bytes()
+    lengths = lengths[lengths > 0]
+    return {
+        **tokenizer.training,
+        "num_special_tokens": len(tokenizer.specials),
+        "token_bytes_min": int(lengths.min()),
+        "token_bytes_max": int(lengths.max()),
+        "token_bytes_mean": float(lengths.mean()),
+        "token_bytes_std": float(lengths.std(ddof=1)),
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def render_summary(summary: Mapping[str, object]) -> str:
+    """`- name: value` lines: 4 decimals for floats, thousands separated in large integers."""
+
+    def spell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+    return "".join(f"- {name}: {spell(value)}\n" for name, value in summary.items())
+
+
+def load_references() -> dict[str, tiktoken.Encoding]:
+    """GPT-2's and GPT-4's encodings from tiktoken's cache or the network; UserError if neither."""
+    encodings = {}
+    for label, name in REFERENCES.items():
+        try:
+            encodings[label] = tiktoken.get_encoding(name)
+        # OSError: no network (requests' errors are among them); ValueError: a damaged download.
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"tiktoken's {name} ({label}) cannot be loaded ({type(error).__name__}); without "
+                f"a network, set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files"
+            ) from error
+    return encodings
+
+
+def compare(
+    tokenizer: Tokenizer, train: str, val: str, references: Mapping[str, tiktoken.Encoding]
+) -> dict[str, list[Row]]:
+    """Rows for each reference: the five texts kept here, and samples of train and val text.
+
+    Raises ValueError if any of the tokenizers does not give a text back byte for byte.
+    """
+    texts = {**TEXTS, "train": train, "val": val}
+    ours = {name: _count(tokenizer.encoding, text) for name, text in texts.items()}
+    return {
+        label: [
+            Row(name, len(text.encode()), _count(encoding, text), ours[name])
+            for name, text in texts.items()
+        ]
+        for label, encoding in references.items()
+    }
+
+
+def render_tables(tables: Mapping[str, list[Row]]) -> str:
+    """The comparisons as Markdown tables."""
+    parts = []
+    for label, rows in tables.items():
+        parts.append(
+            f"### Comparison with {label}\n\n"
+            f"| Text Type | Bytes | {label} Tokens | {label} Ratio | Ours Tokens | Ours Ratio "
+            f"| Relative Diff % |\n|---|---|---|---|---|---|---|\n"
+        )
+        parts += [
+            f"| {row.text} | {row.bytes} | {row.theirs} | {row.their_ratio:.2f} "
+            f"| {row.ours} | {row.our_ratio:.2f} | {row.relative_diff:+.1f}% |\n"
+            for row in rows
+        ]
+        parts.append("\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def _count(encoding: tiktoken.Encoding, text: str) -> int:
+    ids = encoding.encode_to_numpy(text, disallowed_special=())
+    if encoding.decode_bytes(ids.tolist()) != text.encode():
+        raise ValueError(f"{encoding.name} changed a text that begins with {text[:40]!r}")
+    return len(ids)

@@ -1,0 +1,116 @@
+"""Train the tokenizer: byte-level BPE on the training text, then compare it with GPT-2 and GPT-4.
+
+    python train/tokenizer.py --out runs/tokenizer                      65,536 tokens, FineWeb-Edu
+    python train/tokenizer.py --out my_tokenizer --data my_texts/ --vocab-size 16384
+    python train/tokenizer.py --out tiny --data embedded --vocab-size 4096       nothing fetched
+
+Without a network, the comparison needs TIKTOKEN_CACHE_DIR to name a folder with tiktoken's files.
+"""
+
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from gptfast.config import DEFAULT_CACHE
+from gptfast.data import Corpus, iter_texts, prepare_corpus
+from gptfast.errors import UserError
+from gptfast.run import exit_code, write_json
+from gptfast.tokenizer import Tokenizer, check_free, train_tokenizer
+from gptfast.tokenizer_eval import (
+    compare,
+    load_references,
+    render_summary,
+    render_tables,
+    training_summary,
+)
+
+# Tokenizers are compared on the first row group of the training and of the validation text (five
+# million characters in FineWeb-Edu's shards), up to this many characters.
+SAMPLE_CHARS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path
+    """New folder for the tokenizer and its report."""
+    data: str = "fineweb-edu"
+    """fineweb-edu, embedded (the standard library's own text), or a file or folder of parquet,
+    jsonl(.gz, .zst) or txt."""
+    validation: str | None = None
+    """File of the folder that validates; its last in sorted order otherwise."""
+    train_shards: int | None = 8
+    """Shards of fineweb-edu to fetch: 8 hold about 2 billion characters."""
+    vocab_size: int = 65_536
+    max_chars: int = 2_000_000_000
+    """Characters to train on, after capping."""
+    doc_cap: int = 10_000
+    """Characters of a document that are used."""
+    cache: Path = DEFAULT_CACHE
+    """Where fetched text is kept."""
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    check_free(settings.out)
+    corpus = prepare_corpus(
+        settings.data,
+        cache=settings.cache / "data",
+        train_shards=settings.train_shards,
+        validation=settings.validation,
+        progress=True,
+    )
+    tokenizer = train(settings, corpus)
+    summary = training_summary(tokenizer)
+    write_section(settings.out, "Tokenizer training", render_summary(summary))
+    evaluation = evaluate(tokenizer, corpus, settings.out)
+    write_json(settings.out / "report.json", {"training": summary, "evaluation": evaluation})
+    print(f"tokenizer: {tokenizer.vocab_size:,} tokens, {settings.out}")
+
+
+def train(settings: Settings, corpus: Corpus) -> Tokenizer:
+    texts = iter_texts(corpus.train, doc_cap=settings.doc_cap, max_chars=settings.max_chars)
+    with tqdm(total=settings.max_chars, unit="char", unit_scale=True, desc="reading") as bar:
+        return train_tokenizer(
+            texts,
+            settings.out,
+            vocab_size=settings.vocab_size,
+            settings={
+                "data": corpus.name,
+                "max_chars": settings.max_chars,
+                "doc_cap": settings.doc_cap,
+            },
+            progress=bar.update,
+        )
+
+
+def evaluate(tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> dict[str, object]:
+    try:
+        references = load_references()
+    except UserError as error:
+        # The tokenizer is whole without the comparison; the report says that it is missing.
+        write_section(folder, "Tokenizer evaluation", f"Skipped: {error}\n")
+        print(f"evaluation skipped: {error}")
+        return {"skipped": str(error)}
+    train, val = (
+        "\n".join(iter_texts(groups[:1], max_chars=SAMPLE_CHARS))
+        for groups in (corpus.train, corpus.val)
+    )
+    tables = compare(tokenizer, train, val, references)
+    write_section(folder, "Tokenizer evaluation", render_tables(tables))
+    print(render_tables(tables))
+    return {label: [row.as_dict() for row in rows] for label, rows in tables.items()}
+
+
+def write_section(folder: Path, title: str, body: str) -> None:
+    """One section of the training report: tokenizer-training.md for "Tokenizer training"."""
+    path = folder / f"{title.lower().replace(' ', '-')}.md"
+    time = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    path.write_text(f"## {title}\n\ntimestamp: {time}\n\n{body}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
