@@ -1,0 +1,116 @@
+"""Processes as a grid, and whole matrices made from row shards and back: what Muon exchanges.
+
+n matrices of (R, C) in a group, r local rows of each; rows = ceil(R / n_shards) and
+k = ceil(n / (n_replicas * n_shards)) whole matrices a process.
+"""
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+# A computation that yields once for each exchange it has under way, and returns a tensor.
+Exchange = Generator[None, None, Tensor]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Processes as n_replicas x n_shards: those of one replica hold the rows of every parameter
+    between them, all replicas hold the same. A dimension of one process has no group."""
+
+    n_replicas: int = 1
+    n_shards: int = 1
+    replica: int = 0
+    replica_group: dist.ProcessGroup | None = None
+    shard_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, nn.Parameter]) -> "Grid":
+        """The grid that all these parameters lie on. ValueError if there is no such one."""
+        layouts = {
+            (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+            for p in parameters.values()
+        }
+        if len(layouts) != 1:
+            raise ValueError(f"parameters lie in {len(layouts)} different ways: {layouts}")
+        (layout,) = layouts
+        if layout is None:
+            return cls()
+        mesh, placements = layout
+        if len({*placements}) < len(placements) or not {*placements} <= {Shard(0), Replicate()}:
+            raise ValueError(f"placements {placements}: at most one Shard(0) and one Replicate()")
+        grid = {}
+        for dim, placement in enumerate(placements):
+            group = mesh.get_group(dim) if mesh.size(dim) > 1 else None
+            if placement.is_shard():
+                grid.update(n_shards=mesh.size(dim), shard_group=group)
+            else:
+                grid.update(n_replicas=mesh.size(dim), replica_group=group)
+                grid.update(replica=mesh.get_local_rank(dim))
+        return cls(**grid)
+
+
+def pack(shards: Tensor, n_rows: int, grid: Grid) -> Tensor:
+    """(n, r, C) -> (n_replicas, n_shards, k, rows, C): the process that orthogonalises, first.
+
+    Zero rows and zero matrices fill up what does not divide.
+    """
+    per_process = math.ceil(len(shards) / (grid.n_replicas * grid.n_shards))
+    padded = pad_to(shards, math.ceil(n_rows / grid.n_shards), dim=1)
+    padded = pad_to(padded, grid.n_replicas * grid.n_shards * per_process, dim=0)
+    return padded.unflatten(0, (grid.n_replicas, grid.n_shards, per_process))
+
+
+def assemble(received: Tensor, n_rows: int) -> Tensor:
+    """(n_shards, k, rows, C) by source -> whole matrices (k, R, C)."""
+    return received.transpose(0, 1).flatten(1, 2)[:, :n_rows].contiguous()
+
+
+def disassemble(whole: Tensor, n_shards: int) -> Tensor:
+    """(k, R, C) -> (n_shards, k, rows, C) by destination; the inverse of assemble."""
+    rows = math.ceil(whole.shape[1] / n_shards)
+    padded = pad_to(whole, n_shards * rows, dim=1)
+    return padded.unflatten(1, (n_shards, rows)).transpose(0, 1).contiguous()
+
+
+def unpack(received: Tensor, shape: torch.Size) -> Tensor:
+    """(n_replicas, n_shards, k, rows, C) -> shape (n, r, C); the inverse of pack."""
+    return received.flatten(0, 2)[: shape[0], : shape[1]]
+
+
+def pad_to(x: Tensor, size: int, dim: int) -> Tensor:
+    """x with zeros after it along dim, up to this size; x itself if it has it already."""
+    missing = list(x.shape)
+    missing[dim] = size - x.shape[dim]
+    return torch.cat([x, x.new_zeros(missing)], dim) if missing[dim] else x
+
+
+def all_to_all(send: Tensor, group: dist.ProcessGroup | None) -> Exchange:
+    """(group size, ...) by destination -> the same shape by source."""
+    if group is None:
+        return send
+    received = torch.empty_like(send)
+    work = dist.all_to_all_single(received, send, group=group, async_op=True)
+    yield
+    work.wait()
+    return received
+
+
+def all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Exchange:
+    """(...) -> (group size, ...), every process's part on each of them."""
+    if group is None:
+        return part.unsqueeze(0)
+    parts = part.new_empty(group.size(), *part.shape)
+    work = dist.all_gather(list(parts.unbind()), part, group=group, async_op=True)
+    yield
+    work.wait()
+    return parts
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
