@@ -1,0 +1,501 @@
+"""Tasks: what is asked, what counts as right, and in which order the questions come."""
+
+import hashlib
+import json
+import random
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gptfast.calculator import calculate
+from gptfast.errors import UserError
+from gptfast.tasks import (
+    ARC,
+    CHAT_TASKS,
+    GSM8K,
+    MMLU,
+    Conversations,
+    HumanEval,
+    Task,
+    TaskMixture,
+    TaskSequence,
+    chat_task,
+    fetch,
+    render_mc,
+    smoltalk,
+)
+from gptfast.tasks.common import hub_shuffle
+from gptfast.tasks.gsm8k import answer_parts, stated_result
+from gptfast.tasks.humaneval import code_of, leading_imports, program
+
+CHAT_EVAL = Path(__file__).parents[2] / "shared/data/chat_eval"
+CHAT_TRAIN = CHAT_EVAL.with_name("chat_train")
+needs_chat_eval = pytest.mark.skipif(not CHAT_EVAL.is_dir(), reason=f"no {CHAT_EVAL}")
+
+
+class Numbers(Task):
+    """Conversations that are their own index."""
+
+    def __init__(self, size: int, first: int = 0) -> None:
+        super().__init__(size)
+        self.first = first
+        self.made: list[int] = []
+
+    def conversation(self, index: int) -> dict:
+        self.made.append(index)
+        return {"messages": self.first + index}
+
+
+def numbers(task: Task) -> list[int]:
+    return [conversation["messages"] for conversation in task]
+
+
+def write_split(folder: Path, split: str, rows: list[dict], parts: int = 1) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(parts):
+        table = pa.Table.from_pylist(rows[part::parts])
+        pq.write_table(table, folder / f"{split}-{part:05d}-of-{parts:05d}.parquet")
+
+
+def test_slices_are_lazy_views():
+    task = Numbers(100)
+    part = task[10:50:3][1:5]
+    assert isinstance(part, Task)
+    assert task.made == []
+    assert len(part) == 4
+    assert part[0] == {"messages": 13}
+    assert task.made == [13]
+    assert numbers(part) == [13, 16, 19, 22]
+    assert (part[-1], task[-1]) == ({"messages": 22}, {"messages": 99})
+    assert len(task[:1000]) == 100
+    assert numbers(task[50:50]) == []
+    with pytest.raises(IndexError):
+        part[4]
+    # The task itself is what it was.
+    assert len(task) == 100
+
+
+def test_sequence_is_in_order():
+    sequence = TaskSequence(
+        [Numbers(2), Numbers(0), Numbers(3, first=10)[1:], Numbers(1, first=20)]
+    )
+    assert numbers(sequence) == [0, 1, 11, 12, 20]
+    assert numbers(sequence[1:4]) == [1, 11, 12]
+    assert numbers(TaskSequence([])) == []
+
+
+def test_mixture_is_the_references_shuffle_of_all_pairs():
+    tasks = [Numbers(30), Numbers(20, first=100), Numbers(20, first=100)]
+    pairs = [(which, index) for which, size in enumerate((30, 20, 20)) for index in range(size)]
+    random.Random(42).shuffle(pairs)
+    expected = [tasks[which][index]["messages"] for which, index in pairs]
+    mixture = TaskMixture(tasks)
+    assert numbers(mixture) == expected
+    assert numbers(TaskMixture(tasks)) == expected
+    assert numbers(mixture[5:9]) == expected[5:9]
+    # A task that is given twice comes twice as often.
+    assert sum(number >= 100 for number in expected) == 40
+
+
+def test_order_of_hub_datasets():
+    """What datasets 5.2 makes of shuffle(seed=42)."""
+    assert hub_shuffle(5).tolist() == [4, 2, 3, 1, 0]
+    assert hub_shuffle(1319)[:6].tolist() == [30, 754, 429, 1010, 1284, 953]
+    assert hub_shuffle(14042)[:6].tolist() == [1469, 122, 5555, 7550, 10165, 13363]
+
+
+def test_render_mc():
+    assert render_mc("Why?", ["A", "B"], ["so", "not so"]) == (
+        "Multiple Choice question: Why?\n"
+        "- so=A\n"
+        "- not so=B\n"
+        "\n"
+        "Respond only with the letter of the correct answer."
+    )
+    with pytest.raises(ValueError, match="zip"):
+        render_mc("Why?", ["A", "B"], ["so"])
+
+
+def test_arc(tmp_path):
+    choices = {"text": ["red", "blue", "green"], "label": ["1", "2", "3"]}
+    row = {"id": "x", "question": "Sky?", "choices": choices, "answerKey": "2"}
+    write_split(tmp_path / "ARC-Easy", "test", [row])
+    task = ARC(tmp_path, subset="ARC-Easy", split="test")
+    assert (task.eval_type, task.baseline, len(task)) == ("categorical", 0.25, 1)
+    question = task[0]
+    assert question["messages"] == [
+        {"role": "user", "content": render_mc("Sky?", ["1", "2", "3"], choices["text"])},
+        {"role": "assistant", "content": "2"},
+    ]
+    assert question["letters"] == ["1", "2", "3"]
+    assert task.evaluate_many([question, question], ["2", "3"]) == [True, False]
+    with pytest.raises(ValueError, match="'A' is none of the letters"):
+        task.evaluate(question, "A")
+
+
+def test_mmlu_and_its_nested_training_questions(tmp_path):
+    row = {"question": "1+1?", "subject": "maths", "choices": list("1234"), "answer": 1}
+    write_split(tmp_path / "all", "test", [row])
+    write_split(tmp_path / "auxiliary_train", "train", [{"train": row}] * 3, parts=2)
+    test = MMLU(tmp_path, subset="all", split="test")
+    train = MMLU(tmp_path, subset="auxiliary_train", split="train")
+    assert (len(test), len(train)) == (1, 3)
+    assert test[0] == train[2]
+    assert test[0]["messages"][1] == {"role": "assistant", "content": "B"}
+    assert (test[0]["letters"], test[0]["subject"]) == (list("ABCD"), "maths")
+    assert test.evaluate(test[0], "B")
+
+
+def test_gsm8k_answers_come_in_parts():
+    answer = "It is 12/60 = $<<12/60=0.2>>0.2.\nSo <<0.2*50=10>><<1>>10.\n#### 10"
+    assert answer_parts(answer) == [
+        {"type": "text", "text": "It is 12/60 = $"},
+        {"type": "python", "text": "12/60"},
+        {"type": "python_output", "text": "0.2"},
+        {"type": "text", "text": "0.2.\nSo "},
+        {"type": "python", "text": "0.2*50"},
+        {"type": "python_output", "text": "10"},
+        {"type": "python", "text": "1"},
+        {"type": "python_output", "text": ""},
+        {"type": "text", "text": "10.\n#### 10"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [
+        ("#### 10", "10"),
+        ("so\n#### -1,234.50 dollars", "-1234.50"),
+        ("#### 1 #### 2", "1"),
+        ("####10", None),
+        ("#### $10", None),
+        ("the answer is 10", None),
+        ("", None),
+    ],
+)
+def test_gsm8k_result(answer, result):
+    assert stated_result(answer) == result
+
+
+def test_gsm8k_scores(tmp_path):
+    write_split(
+        tmp_path / "main", "test", [{"question": "How much?", "answer": "<<9=9>>#### 1,000"}]
+    )
+    task = GSM8K(tmp_path, split="test")
+    assert (task.eval_type, task.baseline) == ("generative", 0.0)
+    question = task[0]
+    assert question["messages"][0] == {"role": "user", "content": "How much?"}
+    for answer, right in (("x #### 1000", True), ("#### 1000.0", False), ("1000", False)):
+        assert task.evaluate(question, answer) is right
+        assert task.reward(question, answer) == float(right)
+
+
+PROMPT = "# sums\nfrom typing import List\n\nimport math\ndef add(a, b):\n    import os\n"
+PROBLEM = {
+    "task_id": "x",
+    "prompt": PROMPT,
+    "canonical_solution": "    return a + b\n",
+    "test": "def check(f):\n    assert f(1, 2) == 3 and List and math\n",
+    "entry_point": "add",
+}
+
+
+def test_humaneval_program():
+    assert leading_imports(PROMPT) == "from typing import List\nimport math"
+    assert code_of("See:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1"
+    assert code_of("```\nx = 1\n```") == "x = 1"
+    assert code_of("  x = 1\n") == "x = 1"
+    conversation = {"messages": [{"content": PROMPT}], "test": "TEST", "entry_point": "add"}
+    assert program(conversation, "CODE") == (
+        "from typing import List\nimport math\n\nCODE\n\nTEST\ncheck(add)"
+    )
+
+
+def test_humaneval_scores(tmp_path):
+    write_split(tmp_path, "test", [PROBLEM])
+    task = HumanEval(tmp_path)
+    problem = task[0]
+    assert task.eval_type == "generative"
+    assert problem["messages"] == [
+        {"role": "user", "content": PROMPT},
+        {"role": "assistant", "content": PROMPT + "\n    return a + b\n"},
+    ]
+    answers = {
+        problem["messages"][1]["content"]: True,
+        "def add(a, b): return a + b": True,
+        "Of course!\n```python\ndef add(a, b):\n    return b + a\n```\nHope it helps": True,
+        "def add(a, b): return a - b": False,
+        "def add(a, b): exit(0)": False,
+        "Of course!": False,
+        "": False,
+    }
+    assert task.evaluate_many([problem] * len(answers), list(answers)) == list(answers.values())
+    assert task.evaluate(problem, "def add(a, b): return a + b")
+
+
+def messages(*roles: str) -> list[dict]:
+    return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+
+
+GOOD = [
+    messages("user", "assistant"),
+    messages("system", "user", "assistant", "user"),
+    messages("user", "assistant", "user", "assistant"),
+]
+PARTS = [{"type": "text", "text": "a"}, {"type": "python", "text": "1"}]
+
+
+def write_jsonl(path: Path, conversations: list) -> Path:
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in conversations))
+    return path
+
+
+def write_parquet(path: Path, conversations: list) -> Path:
+    pq.write_table(pa.table({"messages": conversations}), path, row_group_size=2)
+    return path
+
+
+def test_conversations_of_both_formats(tmp_path):
+    called = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": PARTS}]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [*GOOD, called])
+    jsonl.write_text(jsonl.read_text().replace("\n", "\n\n", 1))
+    parquet = write_parquet(tmp_path / "b.parquet", GOOD)
+    task = Conversations([jsonl, parquet])
+    assert [conversation["messages"] for conversation in task] == [*GOOD, called, *GOOD]
+    assert task.eval_type is None
+    with pytest.raises(NotImplementedError, match="Conversations"):
+        task.evaluate(task[0], "")
+    shuffled = Conversations([jsonl, parquet], shuffle=True)
+    assert list(shuffled) == [task[i] for i in hub_shuffle(7).tolist()]
+
+
+def test_smoltalk_reads_all_files_of_a_split(tmp_path):
+    rows = [{"messages": GOOD[0], "source": str(i)} for i in range(5)]
+    write_split(tmp_path, "train", rows, parts=2)
+    write_split(tmp_path, "test", rows[:1])
+    assert len(smoltalk(tmp_path, split="train")) == 5
+    assert len(smoltalk(tmp_path, split="test")[:10]) == 1
+
+
+BAD = [
+    (messages("user"), "1 turn"),
+    (messages("system", "user"), "1 turn"),
+    ([], "0 turn"),
+    (messages("user", "user"), "message 2 has the role 'user', not 'assistant'"),
+    (messages("assistant", "user"), "message 1 has the role 'assistant', not 'user'"),
+    (messages("system", "assistant", "user"), "message 2 has the role 'assistant', not 'user'"),
+    (messages("user", "tool"), "message 2 has the role 'tool'"),
+    (messages("user", "assistant", "system"), "message 3 has the role 'system'"),
+    ([{"role": "user", "content": None}, *messages("assistant")], "content of message 1"),
+    ([{"role": None, "content": "x"}, *messages("assistant")], "message 1 has the role None"),
+    (None, 'no "messages"'),
+]
+
+
+@pytest.mark.parametrize(("bad", "problem"), BAD, ids=[problem for _, problem in BAD])
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_a_bad_conversation_is_named(tmp_path, write, bad, problem):
+    path = write(tmp_path / f"x.{write.__name__[6:]}", [GOOD[0], GOOD[1], GOOD[2], bad, GOOD[0]])
+    place = "line 4: " if write is write_jsonl else r"row 3 \(from 0\): "
+    with pytest.raises(UserError, match=f"{path}, {place}.*{problem}"):
+        Conversations([path])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{", "line 2 is not JSON"),
+        (b"\xff", "line 2 is not JSON"),
+        (b"[]", "line 2: there are no"),
+        (b'{"text": "x"}', "line 2: there are no"),
+        (b'{"messages": ["x"]}', "line 2: there are no"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}',
+            "line 2: the content of message 1",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": [{"type": "image", "text": ""}]}]}',
+            "line 2: the content of message 1 .* text, python, python_output",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, problem):
+    path = write_jsonl(tmp_path / "x.jsonl", GOOD[:1])
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(UserError, match=f"x.jsonl, {problem}"):
+        Conversations([path])
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"x.txt is neither .jsonl nor .parquet"):
+        Conversations([tmp_path / "x.txt"])
+    with pytest.raises(UserError, match=r"x.jsonl cannot be read: .*No such file"):
+        Conversations([tmp_path / "x.jsonl"])
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"x.parquet is no readable parquet"):
+        Conversations([tmp_path / "x.parquet"])
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet lacks messages; its columns: text"):
+        Conversations([tmp_path / "x.parquet"])
+    pq.write_table(pa.table({"messages": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet: messages is string; a list of role"):
+        Conversations([tmp_path / "x.parquet"])
+    with pytest.raises(UserError, match=r"has no test-\*.parquet; it has x.parquet"):
+        GSM8K(tmp_path, subset=".", split="test")
+
+
+def test_large_lists_and_slices_of_parquet(tmp_path):
+    kind = pa.large_list(pa.struct({"role": pa.large_string(), "content": pa.large_string()}))
+    table = pa.table({"messages": pa.array([None, *GOOD], kind)}).slice(1)
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert [each["messages"] for each in Conversations([tmp_path / "x.parquet"])] == GOOD
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="no chat task 'ARC'; there are ARC-Easy, "):
+        chat_task("ARC", data=None, cache=Path())
+    with pytest.raises(UserError, match="no task 'squad' to fetch; there are arc, "):
+        fetch("squad", Path())
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves some parquet under every name, as the Hub serves files of datasets."""
+
+    body = b"PAR1 some rows PAR1"
+    # Names that come damaged.
+    damaged: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked: list[str] = []
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        name = self.path.rsplit("/", 1)[1]
+        # huggingface_hub asks for other things, too.
+        if self.path.startswith("/datasets/"):
+            self.server.asked.append(self.path.removeprefix("/datasets/"))
+        body = self.server.body
+        self._answer(body[::-1] if name in self.server.damaged else body)
+
+    def _answer(self, content: bytes) -> None:
+        digest = hashlib.sha256(self.server.body).hexdigest()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.body)))
+        self.send_header("ETag", f'"{digest}"')
+        self.send_header("X-Repo-Commit", "c0ffee" + "0" * 34)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_fetch_lays_files_out_and_asks_once(hub, tmp_path):
+    folder = fetch("gsm8k", tmp_path)
+    expected = {f"main/{split}-00000-of-00001.parquet" for split in ("train", "test")}
+    commit = "c0ffee" + "0" * 34
+    assert set(hub.asked) == {f"openai/gsm8k/resolve/{commit}/{name}" for name in expected}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == expected
+    assert all((folder / name).read_bytes() == hub.body for name in expected)
+    hub.asked.clear()
+    assert fetch("gsm8k", tmp_path) == folder
+    assert hub.asked == []
+    # The one subset of HumanEval is not a folder.
+    assert (fetch("humaneval", tmp_path) / "test-00000-of-00001.parquet").is_file()
+
+
+def test_fetch_keeps_nothing_that_is_damaged(hub, tmp_path, monkeypatch):
+    hub.damaged = frozenset({"test-00000-of-00001.parquet"})
+    with pytest.raises(UserError, match=r"openai_humaneval/test-.*in 3 tries: the Hub states"):
+        fetch("humaneval", tmp_path)
+    assert [path for path in (tmp_path / "tasks").rglob("*") if path.is_file()] == []
+
+
+@needs_chat_eval
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("ARC-Easy", 2376), ("ARC-Challenge", 1172), ("MMLU", 14042), ("GSM8K", 1319)],
+)
+def test_right_answers_of_the_real_tasks_are_right(name, size, tmp_path):
+    task = chat_task(name, data=CHAT_EVAL, cache=tmp_path)
+    assert len(task) == size
+    assert set(CHAT_TASKS) == {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval"}
+    for question in task[:: size // 200]:
+        right = question["messages"][-1]["content"]
+        answer = right if isinstance(right, str) else "".join(part["text"] for part in right)
+        assert task.evaluate(question, answer)
+        if task.eval_type == "categorical":
+            wrong = [letter for letter in question["letters"] if letter != right]
+            assert not any(task.evaluate(question, letter) for letter in wrong)
+
+
+@needs_chat_eval
+def test_first_questions_of_the_real_tasks(tmp_path):
+    """Rows hub_shuffle(n)[0] of the files: the ones that the reference asks first."""
+    table = pq.read_table(CHAT_EVAL / "gsm8k/main/test-00000-of-00001.parquet")
+    task = chat_task("GSM8K", data=CHAT_EVAL, cache=tmp_path)
+    assert task[0]["messages"][0]["content"] == table["question"][30].as_py()
+    table = pq.read_table(CHAT_EVAL / "mmlu/all/test-00000-of-00001.parquet")
+    task = chat_task("MMLU", data=CHAT_EVAL, cache=tmp_path)
+    assert task[1]["subject"] == table["subject"][122].as_py()
+
+
+@needs_chat_eval
+def test_calculator_agrees_with_the_parts_of_gsm8k(tmp_path):
+    task = chat_task("GSM8K", data=CHAT_EVAL, cache=tmp_path)
+    parts = [part for question in task[:200] for part in question["messages"][1]["content"]]
+    calls = [(a["text"], b["text"]) for a, b in pairwise(parts) if a["type"] == "python"]
+    assert len(calls) > 500
+    for expression, result in calls:
+        assert float(calculate(expression)) == pytest.approx(float(result), abs=0.011)
+
+
+@needs_chat_eval
+def test_canonical_solutions_of_humaneval_pass(tmp_path):
+    task = chat_task("HumanEval", data=CHAT_EVAL, cache=tmp_path)
+    problems = list(task)
+    assert len(problems) == 164
+    solutions = [problem["messages"][1]["content"] for problem in problems]
+    assert all(task.evaluate_many(problems, solutions))
+    # The prompt alone is a function that gives None.
+    prompts = [problem["messages"][0]["content"] for problem in problems[:20]]
+    assert not any(task.evaluate_many(problems[:20], prompts))
+
+
+@pytest.mark.skipif(not CHAT_TRAIN.is_dir(), reason=f"no {CHAT_TRAIN}")
+def test_real_conversations():
+    files = sorted(CHAT_TRAIN.glob("*_train.parquet"))
+    task = Conversations(files, shuffle=True)
+    assert len(task) == 14_365 + 2_794 + 6_136
+    assert [message["role"] for message in task[-1]["messages"]] == ["user", "assistant"]
+    assert np.array_equal(np.sort(hub_shuffle(len(task))), np.arange(len(task)))
