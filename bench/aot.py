@@ -1,0 +1,104 @@
+"""Which registers, spills and shared memory does every kernel take, on GPUs that are not here?
+
+    python -m bench.aot            # compile and print
+    python -m bench.aot --write    # and keep the table in bench/aot.json, which tests/test_aot.py
+                                   # compares with
+
+Triton and its ptxas need no GPU to compile. Every module of kernels/ that defines aot_cases() says
+which launches matter; each is compiled for sm_80, sm_90 and sm_100, and the figures are what ptxas
+reports. Shared memory is in bytes a program, registers are per thread, spills in bytes a thread.
+"""
+
+import importlib
+import io
+import json
+import pkgutil
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import kernels
+from kernels.launch import FUSED_MULTIPLY_ADD, AotCase
+
+ARCHS = (80, 90, 100)
+TABLE = Path(__file__).with_suffix(".json")
+
+
+def cases() -> dict[str, AotCase]:
+    """Label -> case, of every module of kernels/ that lists some."""
+    modules = (
+        importlib.import_module(f"kernels.{info.name}")
+        for info in pkgutil.iter_modules(kernels.__path__)
+    )
+    listed = [case for m in modules if hasattr(m, "aot_cases") for case in m.aot_cases()]
+    found = {case.label: case for case in listed}
+    if len(found) != len(listed):
+        raise ValueError(f"two cases of one label among {sorted(case.label for case in listed)}")
+    return found
+
+
+def compile_case(case: AotCase, arch: int) -> dict[str, int]:
+    """Compiles one case for sm_{arch} and says what ptxas did."""
+    types = {name: kind.partition(":") for name, kind in case.signature.items()}
+    names = case.kernel.arg_names
+    source = ASTSource(
+        case.kernel,
+        {name: types[name][0] if name in types else "constexpr" for name in names},
+        dict(case.constexprs),
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in types and types[name][2] == "16"
+        },
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED_MULTIPLY_ADD}
+    # Triton hands on what ptxas says if asked to, and only when it compiles anew.
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    return {
+        "registers": int(registers[1]),
+        "spill_bytes": sum(map(int, spills)),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def _compile_labelled(job: tuple[str, int]) -> dict[str, int]:
+    label, arch = job
+    return compile_case(cases()[label], arch)
+
+
+def measure() -> dict:
+    """The table: {"triton": version, "kernels": {label: {"sm_80": {...}, ...}}}."""
+    jobs = [(label, arch) for label in cases() for arch in ARCHS]
+    table: dict[str, dict] = {}
+    with ProcessPoolExecutor(2) as pool:
+        for (label, arch), figures in zip(jobs, pool.map(_compile_labelled, jobs)):
+            table.setdefault(label, {})[f"sm_{arch}"] = figures
+    return {"triton": triton.__version__, "kernels": table}
+
+
+def main() -> None:
+    table = measure()
+    print(f"{'registers / spilled / shared bytes':44}", *(f"{f'sm_{a}':>18}" for a in ARCHS))
+    for label, row in table["kernels"].items():
+        cells = (
+            f"{f['registers']:>4} /{f['spill_bytes']:>4} /{f['shared_bytes']:>6}"
+            for f in row.values()
+        )
+        print(f"{label:44}", *(f"{cell:>18}" for cell in cells))
+    if "--write" in sys.argv[1:]:
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

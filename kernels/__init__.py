@@ -1,0 +1,56 @@
+"""Hand-written operators, one a file; they know torch and triton and nothing else of ours.
+
+A model asks for its operators once, by name, and calls them; which implementation runs is that
+choice and nothing else:
+
+    ops = operators("triton")
+    y = ops.rms_norm(x)
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from kernels.cross_entropy import CHUNKS, linear_cross_entropy, linear_cross_entropy_ref
+from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
+from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from kernels.squared_relu import linear_squared_relu, linear_squared_relu_ref
+
+
+class Operators(NamedTuple):
+    """What the model calls; signatures are those of the functions named alike in this package."""
+
+    name: str
+    rms_norm: Callable
+    add_rms_norm: Callable
+    rotary_qk_norm: Callable
+    linear_squared_relu: Callable
+    linear_cross_entropy: Callable
+
+
+_OPERATORS = {
+    "triton": Operators(
+        name="triton",
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        rotary_qk_norm=rotary_qk_norm,
+        linear_squared_relu=linear_squared_relu,
+        linear_cross_entropy=linear_cross_entropy,
+    ),
+    # Plain PyTorch, which Inductor may fuse as it likes: the rival that users have for free.
+    "reference": Operators(
+        name="reference",
+        rms_norm=rms_norm_ref,
+        add_rms_norm=add_rms_norm_ref,
+        rotary_qk_norm=rotary_qk_norm_ref,
+        linear_squared_relu=linear_squared_relu_ref,
+        linear_cross_entropy=partial(linear_cross_entropy_ref, chunks=CHUNKS),
+    ),
+}
+
+
+def operators(name: str) -> Operators:
+    """The operators called `name`: "triton" or "reference"; ValueError for any other."""
+    if name not in _OPERATORS:
+        raise ValueError(f"kernels {name!r}: choose one of {', '.join(_OPERATORS)}")
+    return _OPERATORS[name]

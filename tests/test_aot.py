@@ -1,0 +1,67 @@
+"""What needs a process of its own: kernels compiled, not interpreted; operators without kernels.
+
+Triton decides between compiler and interpreter when a kernel is decorated, so each test starts a
+Python that decides anew.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.aot import TABLE
+
+REGENERATE = "run `python -m bench.aot --write` and look at what changed"
+OPERATORS = ("rms_norm", "rotary", "qk_norm", "squared_relu")
+
+
+def run_python(*arguments: str, **env: str) -> str:
+    env = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"} | env
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tables() -> tuple[dict, dict]:
+    """(what the kernels compile to now, what the tree says)."""
+    program = "import json; from bench.aot import measure; print(json.dumps(measure()))"
+    compiled = run_python("-c", program)
+    return json.loads(compiled), json.loads(TABLE.read_text())
+
+
+def test_every_kernel_is_in_the_table(tables):
+    now, kept = (table["kernels"] for table in tables)
+    assert {label: set(row) for label, row in now.items()} == {
+        label: set(row) for label, row in kept.items()
+    }, REGENERATE
+
+
+def test_no_kernel_spills(tables):
+    spilled = {
+        f"{label} on {arch}": figures["spill_bytes"]
+        for label, row in tables[0]["kernels"].items()
+        for arch, figures in row.items()
+        if figures["spill_bytes"]
+    }
+    assert spilled == {}, "bytes of registers spilled to memory"
+
+
+def test_table_is_true(tables):
+    """Registers and shared memory are this Triton's own; another version's differ by a few."""
+    now, kept = tables
+    if now["triton"] != kept["triton"]:
+        pytest.skip(f"the table is Triton {kept['triton']}'s, this is {now['triton']}")
+    assert now["kernels"] == kept["kernels"], REGENERATE
+
+
+def test_operators_run_their_reference_on_a_cpu():
+    """The accuracy tests once more, where there is neither a GPU nor the interpreter."""
+    files = [f"tests/test_{name}.py" for name in OPERATORS]
+    options = ["-n0", "-q", "-p", "no:cacheprovider", "-k", "accurate or empty or apart or edges"]
+    said = run_python("-m", "pytest", *options, *files, CUDA_VISIBLE_DEVICES="")
+    assert " passed" in said
