@@ -1,8 +1,13 @@
 """The one exception that means: the user can mend this."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Bad input, told in one line that names the value, what was expected and what to do.
+
+    Not a ValueError: those the command-line parser takes for its own.
 
     Recipes print the message and exit with code 2; nothing has been trained by then.
     """
+
+    # Set where several processes found the same mistake and another one tells it.
+    told_elsewhere = False
