@@ -1,0 +1,176 @@
+"""The settings of a run: dataclasses whose fields are the flags of the recipes.
+
+Checked where they are made, as far as they can be alone; what depends on the machine or the data
+(GPU memory, the world size, the tokenizer) is checked by the functions at the end, before step 0.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gptfast.attention import BACKENDS
+from gptfast.errors import UserError
+
+DEFAULT_CACHE = Path.home() / ".cache" / "gptfast"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    depth: int = 20
+    """Layers; the one dial: width is 64 x depth, heads have 128 dimensions."""
+    sequence_len: int = 2048
+    """Tokens of context in training."""
+    vocab_size: int = 65536
+    """Size of the tokenizer, trained if there is none of this size."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "depth", "sequence_len", "vocab_size")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    data: str = "fineweb-edu"
+    """fineweb-edu, embedded (the standard library's own text), or a file or folder of parquet,
+    jsonl(.gz, .zst) or txt."""
+    validation: str | None = None
+    """File of the folder that validates; its last in sorted order otherwise."""
+    tokenizer: Path | None = None
+    """Folder of a trained tokenizer; otherwise the cache's for this text and size."""
+    tokenizer_chars: int = 2_000_000_000
+    """Characters to train a tokenizer on, if there is none."""
+    cache: Path = DEFAULT_CACHE
+    """Where fetched text and trained tokenizers are kept."""
+
+
+@dataclass(frozen=True)
+class HorizonSettings:
+    """How long to train; the first that is given counts."""
+
+    num_iterations: int | None = None
+    """Steps."""
+    target_tokens: int | None = None
+    """Tokens, rounded down to whole steps."""
+    target_flops: float | None = None
+    """FLOPs, by the report's formula."""
+    target_param_data_ratio: float = 20.0
+    """Tokens for each parameter."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    device_batch_size: int = 32
+    """Sequences in one forward + backward of one GPU."""
+    total_batch_size: int = 524_288
+    """Tokens in one step of all GPUs together."""
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    warmup_ratio: float = 0.0
+    warmdown_ratio: float = 0.2
+    final_lr_frac: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "device_batch_size", "total_batch_size")
+
+
+@dataclass(frozen=True)
+class SystemSettings:
+    kernels: Literal["triton", "reference"] = "triton"
+    """Our Triton kernels, or plain PyTorch for torch.compile to fuse."""
+    attention: str = "auto"
+    """auto, flash4, flash3, cudnn, flash2 or math."""
+    compile: bool = True
+    """torch.compile the blocks."""
+    reshard_after_forward: bool = False
+    """Free a block's gathered weights between its forward and backward: less memory, more
+    communication."""
+    deterministic: bool = False
+    """Repeatable bit for bit: attention's backward and PyTorch's own operators; slower."""
+    seed: int = 42
+    device: Literal["auto", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.attention != "auto" and self.attention not in BACKENDS:
+            raise UserError(
+                f"attention {self.attention!r}: choose auto or one of {', '.join(BACKENDS)}"
+            )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    out: Path = Path("runs/base")
+    """Folder of this run: settings, metrics, checkpoints, curves."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in the folder."""
+    eval_every: int = 250
+    """Steps between validations (bits per byte); 0: only before and after."""
+    eval_tokens: int = 20 * 524_288
+    sample_every: int = 2000
+    """Steps between samples; 0: only at the end."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log there."""
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Everything that train/base.py can be told."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    horizon: HorizonSettings = field(default_factory=HorizonSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    system: SystemSettings = field(default_factory=SystemSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def preset(*, on_gpu: bool, processes: int) -> BaseSettings:
+    """The defaults of train/base.py here: the report's d20 on GPUs; elsewhere a small model on
+    the embedded text, plain PyTorch in fp32, that any machine trains in a few minutes with any
+    number of processes."""
+    if on_gpu:
+        return BaseSettings()
+    sequences = -(-8 // processes)
+    return BaseSettings(
+        model=ModelSettings(depth=4, sequence_len=128, vocab_size=2048),
+        data=DataSettings(data="embedded", tokenizer_chars=2_000_000),
+        horizon=HorizonSettings(num_iterations=80),
+        optim=OptimSettings(
+            device_batch_size=sequences, total_batch_size=sequences * 128 * processes
+        ),
+        system=SystemSettings(kernels="reference", compile=False, device="cpu"),
+        run=RunSettings(
+            out=Path("runs/cpu"),
+            eval_every=40,
+            eval_tokens=16 * 1024,
+            sample_every=0,
+            save_every=40,
+        ),
+    )
+
+
+def accumulation_steps(settings: BaseSettings, world_size: int) -> int:
+    """Micro-steps of one step; UserError with the nearest totals that the world divides."""
+    micro = settings.optim.device_batch_size * settings.model.sequence_len * world_size
+    total = settings.optim.total_batch_size
+    if total % micro:
+        below, above = total // micro * micro, (total // micro + 1) * micro
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"total batch of {total} tokens is no multiple of the {micro} tokens that {world_size} "
+            f"process(es) take in one pass ({settings.optim.device_batch_size} x "
+            f"{settings.model.sequence_len} each); the nearest that work: {near}"
+        )
+    return total // micro
+
+
+def _at_least_one(settings: object, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(settings, name)}")

@@ -1,0 +1,335 @@
+"""The training loop that every stage shares: steps, metrics, what is due when, signals.
+
+No step waits for the host. What the host wants to know of a step (loss, gradient norm, whether it
+was finite) is copied to pinned memory behind it and read one step later, when it has long arrived.
+"""
+
+import gc
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from gptfast import hardware
+from gptfast.checkpoint import Checkpointer
+from gptfast.data import BatchLoader
+from gptfast.memory import GIB
+from gptfast.metrics import MetricsLog, seconds_since_launch
+from gptfast.model import GPT
+from gptfast.optim import Optimizer
+from gptfast.parallel import World, synchronise_gradients
+
+# Steps without a finite loss and gradient, one after the other, until a run stops.
+MAX_SKIPPED_IN_A_ROW = 10
+# Python's collector stops the host for up to half a second in a process of this size (nanochat's
+# log); it runs at these steps instead of whenever it likes.
+_COLLECT_EVERY = 1000
+# Steps that say nothing about the speed of the rest: compilation, allocation, a cold card.
+_WARMUP_STEPS = 20
+
+
+class TrainingDivergedError(RuntimeError):
+    """Ten steps in a row without a finite loss and gradient."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do at which step. Callables are pure functions of the step."""
+
+    total_steps: int
+    accumulation: int
+    tokens_per_step: int
+    flops_per_token: int
+    learning_rate_multiplier: Callable[[int], float]
+    momentum: Callable[[int], float]
+    eval_every: int = 0
+    sample_every: int = 0
+    save_every: int = 0
+
+    def due(self, every: int, step: int) -> bool:
+        """Before the first step, after the last, and every so many in between."""
+        return step in (0, self.total_steps) or (every > 0 and step % every == 0)
+
+
+@dataclass
+class Summary:
+    """What a run came to; `stopped` is set when a signal ended it early."""
+
+    step: int = 0
+    stopped: bool = False
+    first_step_seconds: float = math.nan
+    launch_to_step_1_seconds: float = math.nan
+    training_seconds: float = 0.0
+    tokens_per_second: float = math.nan
+    loss: float = math.nan
+    skipped_steps: int = 0
+    peak_memory_bytes: int = 0
+    evaluations: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class _Pending:
+    """A step whose figures are still on their way to the host."""
+
+    step: int
+    values: torch.Tensor
+    arrived: torch.cuda.Event | None
+    start: "torch.cuda.Event | float"
+    end: "torch.cuda.Event | float"
+    data_wait: float
+
+
+class Trainer:
+    """Runs a Plan. `save(step)` starts a checkpoint; `evaluate(step)` and `sample(step)` return
+    what is to be logged; all three are called on every rank, at step boundaries."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        model: GPT,
+        optimizer: Optimizer,
+        loader: BatchLoader,
+        plan: Plan,
+        log: MetricsLog,
+        checkpointer: Checkpointer,
+        save: Callable[[int], None],
+        evaluate: Callable[[int], dict],
+        sample: Callable[[int], dict],
+    ) -> None:
+        self.world, self.model, self.optimizer, self.loader = world, model, optimizer, loader
+        self.plan, self.log, self.checkpointer = plan, log, checkpointer
+        self.save, self.evaluate, self.sample = save, evaluate, sample
+        self.summary = Summary()
+        self._step_seconds: list[float] = []
+        self._pending: _Pending | None = None
+        self._skipped_in_a_row = 0
+        self._stop_here = self._stop_everywhere = False
+        self._saved_at = -1
+
+    def run(self, start_step: int = 0) -> Summary:
+        """Train from start_step to the plan's end, or until SIGTERM or SIGINT: then save at the
+        next step boundary and return. TrainingDivergedError after ten non-finite steps in a row."""
+        self._saved_at = start_step if start_step else -1
+        previous = {
+            s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)
+        }
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            self._run(start_step)
+        finally:
+            gc.enable()
+            gc.unfreeze()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.summary
+
+    def _run(self, start_step: int) -> None:
+        plan = self.plan
+        clock: torch.cuda.Event | float | None = None
+        for step in range(start_step, plan.total_steps + 1):
+            stop = self._stop_everywhere or step == plan.total_steps
+            if self._boundary_work(step, stop=stop):
+                clock = None
+            if stop:
+                break
+            if step % _COLLECT_EVERY == _COLLECT_EVERY - 1:
+                gc.collect()
+            began = time.perf_counter()
+            clock = self._train_step(step, clock)
+            if step == start_step:
+                self._settle()
+                self.summary.first_step_seconds = time.perf_counter() - began
+                self.summary.launch_to_step_1_seconds = seconds_since_launch()
+                self.log.row(
+                    "event",
+                    step,
+                    first_step_seconds=self.summary.first_step_seconds,
+                    launch_to_step_1_seconds=self.summary.launch_to_step_1_seconds,
+                )
+                self.log.say(
+                    f"first step (compilation included): {self.summary.first_step_seconds:.1f} s; "
+                    f"{self.summary.launch_to_step_1_seconds:.1f} s since launch"
+                )
+                clock = None
+        self._finish(step)
+
+    def _boundary_work(self, step: int, *, stop: bool) -> bool:
+        """Validation, samples and checkpoint as far as they are due before this step."""
+        plan, done = self.plan, False
+        last = step == plan.total_steps
+        if plan.due(plan.eval_every, step) and (last or not stop):
+            self._settle()
+            values = {"tokens": step * plan.tokens_per_step, **self.evaluate(step)}
+            self.summary.evaluations.append({"step": step, **values})
+            self.log.row("eval", step, **values)
+            self.log.say(
+                f"step {step}: validation {values['val_bpb']:.4f} bits per byte "
+                f"at {values['tokens']:,} tokens"
+            )
+            done = True
+        if (last or (step and plan.due(plan.sample_every, step))) and (last or not stop):
+            self._settle()
+            values = self.sample(step)
+            self.log.row("sample", step, **values)
+            for text in values["samples"]:
+                self.log.say(f"  {text!r}")
+            done = True
+        if step and step != self._saved_at and (stop or plan.due(plan.save_every, step)):
+            self._settle()
+            self.save(step)
+            self._saved_at = step
+            done = True
+        return done
+
+    def _train_step(self, step: int, start: "torch.cuda.Event | float | None"):
+        plan, device = self.plan, self.world.device
+        start = _stamp(device) if start is None else start
+        waited = self.loader.wait_seconds
+        # Loss in nats, supervised tokens, whether any rank was asked to stop. fp64 counts exactly.
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for micro in range(plan.accumulation):
+            inputs, targets = next(self.loader)
+            synchronise_gradients(self.model, micro == plan.accumulation - 1)
+            loss = self.model(inputs, targets)
+            loss.backward()
+            sums[0] += loss.detach()
+            sums[1] += (targets >= 0).sum()
+        sums[2].fill_(float(self._stop_here))
+        dist.all_reduce(sums)
+        stats = self.optimizer.step(
+            lr_multiplier=plan.learning_rate_multiplier(step),
+            momentum=plan.momentum(step),
+            token_count=sums[1].float(),
+            loss=sums[0].float(),
+        )
+        figures = torch.stack(
+            [sums[0] / sums[1], stats.grad_norm.double(), stats.finite.double(), sums[2]]
+        )
+        end = _stamp(device)
+        # The step before has finished by now or is about to: reading it does not stall the next.
+        self._settle()
+        self._pending = self._send(step, figures, start, end, self.loader.wait_seconds - waited)
+        return end
+
+    def _send(self, step: int, figures: torch.Tensor, start, end, data_wait: float) -> _Pending:
+        if figures.device.type != "cuda":
+            return _Pending(step, figures, None, start, end, data_wait)
+        values = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        values.copy_(figures, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Pending(step, values, arrived, start, end, data_wait)
+
+    def _settle(self) -> None:
+        """Read the pending step's figures, if there is one; log it and act on it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        loss, grad_norm, finite, stop = pending.values.tolist()
+        self._stop_everywhere = stop > 0
+        seconds = _elapsed(pending.start, pending.end)
+        self._account(pending, seconds, loss, bool(finite))
+        self._report(pending, seconds, loss, grad_norm)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.checkpointer.wait()
+            saved = f"after step {self._saved_at}" if self._saved_at > 0 else "none was written"
+            raise TrainingDivergedError(
+                f"{self._skipped_in_a_row} steps in a row without a finite loss and gradient, the "
+                f"last of them step {pending.step} (loss {loss}); no weights were changed by them. "
+                f"Last checkpoint in {self.checkpointer.folder}: {saved}"
+            )
+
+    def _account(self, pending: _Pending, seconds: float, loss: float, finite: bool) -> None:
+        summary = self.summary
+        summary.step, summary.loss = pending.step + 1, loss
+        summary.training_seconds += seconds
+        summary.skipped_steps += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self._step_seconds.append(seconds)
+
+    def _report(self, pending: _Pending, seconds: float, loss: float, grad_norm: float) -> None:
+        plan, step = self.plan, pending.step
+        per_gpu = plan.tokens_per_step / seconds / self.world.size
+        values = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr_multiplier": plan.learning_rate_multiplier(step),
+            "seconds": seconds,
+            "tokens": (step + 1) * plan.tokens_per_step,
+            "tokens_per_second": per_gpu * self.world.size,
+            "tokens_per_second_per_gpu": per_gpu,
+            "data_wait_seconds": pending.data_wait,
+            "skipped_steps": self.summary.skipped_steps,
+        }
+        parts = [
+            f"step {step + 1:>5}/{plan.total_steps}",
+            f"loss {loss:.4f}",
+            f"lr x{values['lr_multiplier']:.2f}",
+            f"{1e3 * seconds:.1f} ms",
+            f"{per_gpu * self.world.size:,.0f} tok/s",
+        ]
+        if self.world.device.type == "cuda":
+            values |= self._gpu_figures(per_gpu)
+            own = values["mfu_own_peak"]
+            parts += [
+                f"MFU {100 * values['mfu_report']:.2f} % of 989 TFLOP/s"
+                + (f", {100 * own:.2f} % of this GPU's peak" if own is not None else ""),
+                f"{values['peak_memory_bytes'] / GIB:.1f} GiB",
+            ]
+        left = (plan.total_steps - step - 1) * statistics.median(self._step_seconds[-20:])
+        parts.append(f"{int(left // 3600)}h{int(left % 3600 // 60):02d}m{int(left % 60):02d}s left")
+        if self.summary.skipped_steps:
+            parts.append(f"{self.summary.skipped_steps} skipped")
+        self.log.row("step", step, **values)
+        self.log.say(" | ".join(parts))
+        self.log.progress(step + 1)
+
+    def _gpu_figures(self, tokens_per_second: float) -> dict:
+        flops = tokens_per_second * self.plan.flops_per_token
+        own = hardware.peak(torch.cuda.get_device_name(self.world.device))
+        self.summary.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        return {
+            "mfu_report": hardware.mfu(flops, hardware.REPORT_PEAK_FLOPS),
+            "mfu_own_peak": hardware.mfu(flops, own.bf16_flops) if own else None,
+            "peak_memory_bytes": self.summary.peak_memory_bytes,
+        }
+
+    def _finish(self, step: int) -> None:
+        self._settle()
+        self.checkpointer.wait()
+        steady = self._step_seconds[_WARMUP_STEPS:] or self._step_seconds[1:] or self._step_seconds
+        if steady:
+            self.summary.tokens_per_second = self.plan.tokens_per_step / statistics.median(steady)
+        self.summary.step = step
+        self.summary.stopped = step < self.plan.total_steps
+
+    def _request_stop(self, number: int, _frame: object) -> None:
+        if self._stop_here:
+            raise KeyboardInterrupt(f"second signal {number}: stopping at once, without saving")
+        self._stop_here = True
+
+
+def _stamp(device: torch.device) -> "torch.cuda.Event | float":
+    """A moment on the device's own clock: an event on a GPU, seconds on CPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(start: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
+    """Seconds from start to end; both must have passed."""
+    if isinstance(start, float):
+        return end - start
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,76 @@
+"""How much GPU memory a training run takes, estimated before any of it is allocated."""
+
+from dataclasses import dataclass
+
+from gptfast.model import GPTConfig, parameter_counts
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one GPU, by part."""
+
+    weights: int
+    """fp32 shards of parameters, gradients and optimizer states, and the gathered bf16 weights."""
+    activations: int
+    """What backward needs of one micro-step."""
+    transient: int
+    """The largest passing buffers: a chunk of logits, the head's gradients, the exchange."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.transient
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / GIB:.1f} GiB (weights and optimizer {self.weights / GIB:.1f}, "
+            f"activations {self.activations / GIB:.1f}, transient {self.transient / GIB:.1f})"
+        )
+
+
+def estimate_memory(
+    config: GPTConfig,
+    *,
+    device_batch_size: int,
+    shards: int,
+    accumulates: bool,
+    logits_chunks: int,
+    bytes_per_value: int = 2,
+) -> MemoryEstimate:
+    """Counted from what each part keeps; `shards` is the number of GPUs that share a copy.
+
+    A block saves for backward, in units of tokens x width: two normed inputs (2), q, k and
+    attention's output (3), the packed qkv product of which v is a view (3), and the squared
+    ReLU (4); besides 8 bytes a head and token (softmax statistics and norms).
+    """
+    tokens = device_batch_size * config.sequence_len
+    counts = parameter_counts(config)
+    parameters = sum(counts.values())
+    adam = counts["embedding"] + counts["head"]
+    # fp32: parameter, gradient, and one (Muon) or two (Adam) moments.
+    sharded = 4 * (2 * parameters + counts["blocks"] + 2 * adam) // shards
+    gathered = bytes_per_value * parameters + (4 * parameters if accumulates else 0)
+    kv = config.n_kv_head * config.head_dim / config.n_embd
+    per_block = tokens * config.n_embd * bytes_per_value * (2 + (2 + kv) + (1 + 2 * kv) + 4)
+    per_block += 8 * tokens * (config.n_head + config.n_kv_head)
+    ends = 4 * tokens * config.n_embd * bytes_per_value
+    logits = -(-tokens // logits_chunks) * config.vocab_size * bytes_per_value
+    head = counts["head"] * (4 + bytes_per_value) + 2 * tokens * config.n_embd * bytes_per_value
+    return MemoryEstimate(
+        weights=int(sharded + gathered),
+        activations=int(config.n_layer * per_block + ends),
+        transient=int(logits + head),
+    )
+
+
+def largest_device_batch(available: int, config: GPTConfig, **settings) -> int:
+    """The most sequences of one micro-step whose estimate stays within `available` bytes; 0 if
+    not even one does."""
+    batch = 0
+    while (
+        estimate_memory(config, device_batch_size=batch + 1, **settings).total <= available
+        and batch < 4096
+    ):
+        batch += 1
+    return batch

@@ -1,0 +1,143 @@
+"""Where a run's figures go: JSON lines, the console, and on request TensorBoard or W&B."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gptfast.errors import UserError
+
+
+def seconds_since_launch() -> float:
+    """Seconds since the operating system started this process (Linux; elsewhere since this module
+    was imported): interpreter start and imports count as part of a run's wait."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.monotonic() - _IMPORTED
+    started_ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+_IMPORTED = time.monotonic()
+
+
+class MetricsLog:
+    """Only rank 0 writes; on the others every method does nothing.
+
+    Rows go to `folder/metrics.jsonl`, one JSON object a line with a "kind": "step", "eval",
+    "sample", "event". A resumed run appends; rows of steps at or after the one it resumes from
+    are dropped first, so that each step stands there once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        start_step: int = 0,
+        total_steps: int = 0,
+        sinks: tuple[str, ...] = (),
+        settings: object = None,
+    ) -> None:
+        self._active = active
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        kept = _rows_before(path, start_step) if start_step else []
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None
+        )
+        self._sinks = [_open_sink(name, folder, settings) for name in sinks]
+
+    def row(self, kind: str, step: int, **values: object) -> None:
+        """One line of metrics.jsonl; numbers also go to the other sinks as kind/name."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        for sink in self._sinks:
+            sink.log(step, numbers)
+
+    def say(self, line: str) -> None:
+        """One line on the console, above the progress bar if there is one."""
+        if self._active:
+            tqdm.write(line)
+
+    def progress(self, step: int) -> None:
+        if self._active:
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._active:
+            self._bar.close()
+            self._file.close()
+            for sink in self._sinks:
+                sink.close()
+
+
+def read_rows(path: Path, kind: str) -> list[dict]:
+    """The rows of one kind, in order."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+def _rows_before(path: Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            # The last line of a killed run may be cut off.
+            continue
+        if row["step"] < step:
+            kept.append(line)
+    return kept
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, settings: object) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder / "tensorboard")
+        self._writer.add_text("settings", json.dumps(asdict(settings), indent=2, default=str))
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, folder: Path, settings: object) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="gptfast", name=folder.name, dir=folder, config=asdict(settings)
+        )
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
+
+
+def _open_sink(name: str, folder: Path, settings: object) -> _TensorBoard | _WeightsAndBiases:
+    try:
+        return _SINKS[name](folder, settings)
+    except ImportError as error:
+        raise UserError(f"--log-to {name}: {error}; pip install -e '.[log]' brings it") from error

@@ -1,0 +1,223 @@
+"""Processes, mesh and sharding: the one reader of torchrun's variables.
+
+A process group always exists, of one process too, so that training has one code path. Tensors
+travel by NCCL on GPUs and by gloo on CPU; what the host exchanges (flags, file lists) goes by
+gloo on either.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gptfast.errors import UserError
+from gptfast.exchange import local
+from gptfast.model import GPT
+
+# Waiting for a node's leader to fetch shards or train a tokenizer is not a hang.
+_PREPARATION_TIMEOUT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ranks, device, mesh, and the host's own group.
+
+    mesh: 1-D ("shard",) within one node; 2-D ("replicate", "shard") over several nodes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.local_size
+
+    def new_host_group(self) -> dist.ProcessGroup:
+        """A gloo group of all ranks for one user alone, a background thread say."""
+        return dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
+
+    def barrier(self) -> None:
+        """Wait for every process, on the host."""
+        dist.barrier(group=self.host_group)
+
+    def gather(self, value: object) -> list:
+        """Every rank's value (any picklable), in rank order, on every rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set anywhere; the same answer on every rank."""
+        vote = torch.tensor([int(flag)])
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(vote.item())
+
+    @contextmanager
+    def node_leader_first(self) -> Iterator[bool]:
+        """The body runs on one process of each node, then on the others: what the first fetched
+        or built, they find. Yields whether this is the first. A failure of any leader ends all."""
+        leader = self.local_rank == 0
+        failed = False
+        if not leader:
+            failed = self.any(False)
+            if failed:
+                raise SystemExit(2)
+            yield False
+            return
+        try:
+            yield True
+        except BaseException:
+            failed = True
+            self.any(True)
+            raise
+        if self.any(False):
+            raise SystemExit(2)
+
+
+def process_count() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is the one process that talks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
+    """Join the process group that torchrun describes (alone without torchrun); leave it at the end.
+
+    cpu forces gloo and CPU tensors although there is a GPU. deterministic makes PyTorch's own
+    operators repeatable bit for bit, or raise. UserError when a node has fewer GPUs than processes.
+    """
+    if deterministic:
+        # Read by cuBLAS when it starts; without it, products may differ from run to run.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        # Filling every fresh tensor with NaN would find bugs, but costs bandwidth.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = process_count()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size % local_size:
+        raise UserError(f"{size} processes over nodes of {local_size}: nodes must be of one size")
+    on_gpu = torch.cuda.is_available() and not cpu
+    if on_gpu and torch.cuda.device_count() < local_size:
+        raise UserError(
+            f"{local_size} processes on this node, but {torch.cuda.device_count()} GPU(s): "
+            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+        )
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://"))[0]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        device_id=device if on_gpu else None,
+    )
+    try:
+        nodes = size // local_size
+        shape, names = ((size,), ("shard",))
+        if nodes > 1:
+            shape, names = ((nodes, local_size), ("replicate", "shard"))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        host_group = dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
+        yield World(rank, local_rank, size, local_size, device, mesh, host_group)
+    except UserError as error:
+        error.told_elsewhere = store.add(f"error: {error}", 1) > 1
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(
+    model: GPT,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    compile_blocks: bool,
+) -> None:
+    """Compile the blocks one by one, then shard the model in place with FSDP2.
+
+    Units: embedding, each block, the head with its norm and loss, and the root. Parameters and
+    the reduction of gradients stay fp32; compute_dtype is what is gathered. Blocks share their
+    code, so the first compiles and the others reuse it. Gradients are summed over ranks, not
+    averaged: the optimizer divides by the global count of tokens.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    if compile_blocks:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    units: list[nn.Module] = [model.transformer["wte"], *model.blocks, model.lm_head, model]
+    for unit in units:
+        fully_shard(
+            unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+        unit.set_gradient_divide_factor(1.0)
+        # gloo has no pre-multiplied sum; a plain sum is what a factor of 1 asks for anyway.
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def materialise(model: GPT, world: World, seed: int) -> None:
+    """Give a sharded model on the meta device memory and its initial values.
+
+    Every rank draws every whole parameter, one at a time, from the same seed and keeps its shard:
+    the values do not depend on the number of processes. Memory is filled with NaN first, so that
+    whatever initialisation forgets shows at once.
+    """
+    model.to_empty(device=world.device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        local(tensor).fill_(float("nan"))
+    generator = torch.Generator(world.device).manual_seed(seed)
+    for tensor, value in model.initial_values(generator):
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(
+                value, tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
+        tensor.copy_(value)
+
+
+def synchronise_gradients(model: GPT, enabled: bool) -> None:
+    """Off for every micro-step of a step but the last: gradients then add up locally."""
+    model.set_requires_gradient_sync(enabled)
+    model.set_is_last_backward(enabled)
+    model.set_reshard_after_backward(enabled)
+
+
+@torch.no_grad()
+def gather_replica(model: GPT, plain: GPT) -> GPT:
+    """Fill `plain`, an unsharded GPT of the same configuration, with the sharded model's weights
+    (each cast to plain's dtype). Every rank calls it; after it ranks may go their own ways."""
+    theirs = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(theirs[name].full_tensor())
+    for name, buffer in plain.named_buffers():
+        buffer.copy_(model.get_buffer(name))
+    return plain

@@ -1,0 +1,83 @@
+"""Everything that must survive a run's end for it to go on bit for bit, in one place."""
+
+from collections.abc import Callable
+
+import torch
+
+from gptfast.checkpoint import Checkpointer
+from gptfast.data import BatchLoader, reshard_states
+from gptfast.errors import UserError
+from gptfast.model import GPT
+from gptfast.optim import Optimizer
+from gptfast.parallel import World
+
+
+class RunState:
+    """Model, optimizer, data position and random states of a run, and how they are saved."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        model: GPT,
+        optimizer: Optimizer,
+        loader: BatchLoader,
+        checkpointer: Checkpointer,
+        meta: dict,
+    ) -> None:
+        self.world, self.model, self.optimizer = world, model, optimizer
+        self.loader, self.checkpointer, self.meta = loader, checkpointer, meta
+
+    def save(self, step: int) -> None:
+        """Start writing a checkpoint; returns as soon as training may change the tensors."""
+        rank_state = {"loader": self.loader.state_dict(), **_random_states(self.world.device)}
+        self.checkpointer.save(step, self._tensors(), rank_state, {**self.meta, "step": step})
+
+    def restore(self, say: Callable[[str], None]) -> int:
+        """Load the newest complete checkpoint; the number of steps done. UserError if none is
+        complete, or if it belongs to another architecture, tokenizer or text."""
+        step, warnings = self.checkpointer.latest()
+        for warning in warnings:
+            say(warning)
+        if step is None:
+            raise UserError(
+                f"--resume: no complete checkpoint in {self.checkpointer.folder}; "
+                "start without --resume, with another --out"
+            )
+        rank_state, meta = self.checkpointer.load(
+            step, self._tensors(), model_config=self.meta["model_config"]
+        )
+        if meta["tokenizer"] != self.meta["tokenizer"]:
+            raise UserError(
+                f"the checkpoint was trained with tokenizer {meta['tokenizer'][:12]}, this run "
+                f"has {self.meta['tokenizer'][:12]}: give the first run's --tokenizer"
+            )
+        if isinstance(rank_state, dict):
+            self.loader.load_state_dict(rank_state["loader"])
+            _set_random_states(rank_state, self.world.device)
+        else:
+            say(
+                f"checkpoint of {len(rank_state)} processes on {self.world.size}: every rank goes "
+                "on at a row group that none has begun"
+            )
+            positions = reshard_states([each["loader"] for each in rank_state], self.world.size)
+            self.loader.load_state_dict(positions[self.world.rank])
+        say(f"resumed after step {step}")
+        return step
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        model = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        return {**model, **{f"optim.{n}": t for n, t in self.optimizer.state_dict().items()}}
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu_rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict, device: torch.device) -> None:
+    torch.set_rng_state(states["cpu_rng"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda_rng"], device)

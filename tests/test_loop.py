@@ -1,0 +1,130 @@
+"""The training loop in one process: what is due when, skipped steps, divergence, accumulation."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import parallel
+from gptfast.checkpoint import Checkpointer
+from gptfast.config import OptimSettings
+from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Plan, Trainer, TrainingDivergedError
+from gptfast.metrics import MetricsLog
+from gptfast.model import GPT, GPTConfig
+from gptfast.optim import build_optimizer
+
+CONFIG = GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
+
+
+@dataclass
+class Batches:
+    """(rows, 8) batches of a learnable sequence, the same stream whatever `rows` is."""
+
+    rows: int
+    wait_seconds: float = 0.0
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        start = torch.randint(32, (self.rows, 1), generator=self.generator)
+        run = (start + torch.arange(9)) % 32
+        return run[:, :-1].int(), run[:, 1:].contiguous()
+
+
+def train(folder: Path, *, steps: int = 6, rows: int = 4, accumulation: int = 1, **due: int):
+    """Run a small model; returns (summary, weights, calls of evaluate/sample/save by step)."""
+    calls: list[tuple[str, int]] = []
+    with parallel.start(cpu=True) as world:
+        with torch.device("meta"):
+            model = GPT(CONFIG, attention_backend="flash2")
+        parallel.shard(
+            model,
+            world,
+            compute_dtype=torch.float32,
+            reshard_after_forward=False,
+            compile_blocks=False,
+        )
+        parallel.materialise(model, world, seed=1)
+        trainer = Trainer(
+            world=world,
+            model=model,
+            optimizer=build_optimizer(model, OptimSettings()),
+            loader=Batches(rows),
+            plan=Plan(
+                total_steps=steps,
+                accumulation=accumulation,
+                tokens_per_step=rows * accumulation * 8,
+                flops_per_token=1,
+                learning_rate_multiplier=lambda step: 1.0,
+                momentum=lambda step: 0.9,
+                **due,
+            ),
+            log=MetricsLog(folder, active=True, total_steps=steps),
+            checkpointer=Checkpointer(folder / "checkpoints", keep=1),
+            save=lambda step: calls.append(("save", step)),
+            evaluate=lambda step: calls.append(("eval", step)) or {"val_bpb": 1.0},
+            sample=lambda step: calls.append(("sample", step)) or {"samples": []},
+        )
+        try:
+            summary = trainer.run()
+        finally:
+            trainer.log.close()
+        weights = {n: p.detach().full_tensor() for n, p in model.named_parameters()}
+    return summary, weights, calls
+
+
+def steps_of(folder: Path) -> list[dict]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "step"]
+
+
+def test_what_is_due_happens_before_its_step_and_once(tmp_path):
+    summary, _, calls = train(tmp_path, eval_every=2, sample_every=4, save_every=3)
+    assert [s for k, s in calls if k == "eval"] == [0, 2, 4, 6]
+    assert [s for k, s in calls if k == "sample"] == [4, 6]
+    assert [s for k, s in calls if k == "save"] == [3, 6]
+    assert (summary.step, summary.stopped, summary.skipped_steps) == (6, False, 0)
+    assert [e["tokens"] for e in summary.evaluations] == [0, 64, 128, 192]
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    train(tmp_path / "whole", rows=4)
+    train(tmp_path / "parts", rows=2, accumulation=2)
+    losses = [[row["loss"] for row in steps_of(tmp_path / n)] for n in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The loss of these steps is NaN, and so is every gradient."""
+    forward, step = GPT.forward, iter(range(10**9))
+
+    def poisoned(self, ids, targets=None, reduction="sum"):
+        loss = forward(self, ids, targets, reduction)
+        return loss * math.nan if next(step) in steps else loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+
+
+def test_a_non_finite_step_is_skipped_counted_and_shown(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2})
+    summary, weights, _ = train(tmp_path, steps=5)
+    rows = steps_of(tmp_path)
+    assert summary.skipped_steps == 1
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
+    assert math.isnan(rows[2]["loss"])
+    assert all(math.isfinite(row["loss"]) for row in rows[:2] + rows[3:])
+    assert all(w.isfinite().all() for w in weights.values())
+    assert "1 skipped" in capsys.readouterr().out
+
+
+def test_ten_in_a_row_stop_the_run_and_leave_the_weights(tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(3, 100)))
+    with pytest.raises(TrainingDivergedError, match=r"10 steps in a row.*step 12"):
+        train(tmp_path, steps=50)
+    # The step after the tenth was under way when the tenth was read.
+    assert len(steps_of(tmp_path)) == 3 + MAX_SKIPPED_IN_A_ROW

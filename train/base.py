@@ -1,0 +1,192 @@
+"""Train the base model: from raw text to a checkpoint, with FSDP2 on any number of GPUs.
+
+    torchrun --nproc_per_node=8 train/base.py                  the report's d20 on eight GPUs
+    python train/base.py --depth 12 --data my_texts/           one GPU, one's own text
+    torchrun --nproc_per_node=2 train/base.py --device cpu     on CPU
+
+Without a GPU the defaults are a small model on text that Python itself carries.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import tyro
+
+from gptfast import hardware, parallel
+from gptfast.attention import choose_attention
+from gptfast.checkpoint import Checkpointer
+from gptfast.config import BaseSettings, accumulation_steps, preset
+from gptfast.data import BatchLoader
+from gptfast.evaluate.base import BaseEvaluation, first_documents
+from gptfast.loop import Plan, Trainer
+from gptfast.metrics import MetricsLog
+from gptfast.model import GPT, GPTConfig, flops_per_token, parameter_counts
+from gptfast.optim import build_optimizer
+from gptfast.preflight import check_disk, check_memory, prepare_text
+from gptfast.run import end_run, exit_code, open_run_folder
+from gptfast.schedule import horizon, learning_rate_multiplier, muon_momentum
+from gptfast.state import RunState
+
+
+def main() -> None:
+    settings = tyro.cli(
+        BaseSettings,
+        description=__doc__,
+        default=preset(on_gpu=torch.cuda.is_available(), processes=parallel.process_count()),
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=parallel.is_main(),
+    )
+    system = settings.system
+    with parallel.start(cpu=system.device == "cpu", deterministic=system.deterministic) as world:
+        train(settings, world, say=print if world.is_main else lambda line: None)
+
+
+def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], None]) -> None:
+    optim, system, run = settings.optim, settings.system, settings.run
+    say(hardware.describe(world.device))
+
+    # 1. What to train, and for how long.
+    config = GPTConfig.from_depth(
+        settings.model.depth,
+        vocab_size=settings.model.vocab_size,
+        sequence_len=settings.model.sequence_len,
+    )
+    plan = make_plan(settings, config, world)
+    say(
+        f"d{settings.model.depth}: {sum(parameter_counts(config).values()):,} parameters, "
+        f"{plan.flops_per_token:,} FLOPs a token; {plan.total_steps:,} steps of "
+        f"{plan.tokens_per_step:,} tokens, {plan.accumulation} pass(es) each, "
+        f"on {world.size} process(es) of {world.nodes} node(s)"
+    )
+
+    # 2. Everything that can be wrong is found, and everything needed fetched, before step 0.
+    open_run_folder(run.out, settings, world, resume=run.resume)
+    check_disk(run, config)
+    say(check_memory(settings, config, plan.accumulation, world))
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    attention = choose_attention(
+        system.attention, world.device, dtype, config.head_dim, deterministic=system.deterministic
+    )
+    say(f"attention: {attention.backend} ({attention.reason}); kernels: {system.kernels}")
+    corpus, tokenizer = prepare_text(
+        settings.data,
+        vocab_size=config.vocab_size,
+        tokens=plan.total_steps * plan.tokens_per_step,
+        world=world,
+        say=say,
+    )
+
+    # 3. Model, optimizer, batches, and what evaluates and saves them.
+    make_gpt = partial(GPT, config, kernels=system.kernels, attention_backend=attention.backend)
+    with torch.device("meta"):
+        model = make_gpt()
+    parallel.shard(
+        model,
+        world,
+        compute_dtype=dtype,
+        reshard_after_forward=system.reshard_after_forward,
+        compile_blocks=system.compile,
+    )
+    parallel.materialise(model, world, system.seed)
+    optimizer = build_optimizer(model, optim)
+    make_loader = partial(
+        BatchLoader,
+        tokenizer=tokenizer,
+        batch_size=optim.device_batch_size,
+        sequence_len=config.sequence_len,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
+    loader = make_loader(corpus.train)
+    val_text = first_documents(corpus.val, tokenizer, tokens=run.eval_tokens, at_least=world.size)
+    evaluation = BaseEvaluation(
+        world=world,
+        model=model,
+        make_replica=make_gpt,
+        make_loader=partial(make_loader, val_text, epochs=1),
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
+    checkpointer = Checkpointer(
+        run.out / "checkpoints",
+        keep=run.keep,
+        process_group=world.new_host_group(),
+        rank=world.rank,
+        world_size=world.size,
+    )
+    state = RunState(
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        checkpointer=checkpointer,
+        meta={"model_config": config.to_dict(), "tokenizer": tokenizer.fingerprint},
+    )
+
+    # 4. Train.
+    start_step = state.restore(say) if run.resume else 0
+    log = MetricsLog(
+        run.out,
+        active=world.is_main,
+        start_step=start_step,
+        total_steps=plan.total_steps,
+        sinks=run.log_to,
+        settings=settings,
+    )
+    trainer = Trainer(
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        plan=plan,
+        log=log,
+        checkpointer=checkpointer,
+        save=state.save,
+        evaluate=evaluation.validate,
+        sample=evaluation.sample,
+    )
+    try:
+        summary = trainer.run(start_step)
+    finally:
+        log.close()
+        loader.close()
+    checkpointer.close()
+    end_run(run.out, summary, world, title=f"d{settings.model.depth} on {corpus.name}", say=say)
+
+
+def make_plan(settings: BaseSettings, config: GPTConfig, world: parallel.World) -> Plan:
+    """Steps, schedules, and what is due when."""
+    optim, run, length = settings.optim, settings.run, settings.horizon
+    total_steps = horizon(
+        n_params=sum(parameter_counts(config).values()),
+        flops_per_token=flops_per_token(config),
+        total_batch_size=optim.total_batch_size,
+        iterations=length.num_iterations,
+        tokens=length.target_tokens,
+        target_flops=length.target_flops,
+        tokens_per_param=length.target_param_data_ratio,
+    )
+    return Plan(
+        total_steps=total_steps,
+        accumulation=accumulation_steps(settings, world.size),
+        tokens_per_step=optim.total_batch_size,
+        flops_per_token=flops_per_token(config),
+        learning_rate_multiplier=partial(
+            learning_rate_multiplier,
+            total_steps=total_steps,
+            warmup_ratio=optim.warmup_ratio,
+            warmdown_ratio=optim.warmdown_ratio,
+            final_fraction=optim.final_lr_frac,
+        ),
+        momentum=muon_momentum,
+        eval_every=run.eval_every,
+        sample_every=run.sample_every,
+        save_every=run.save_every,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
