@@ -1,0 +1,226 @@
+"""Generation with a KV cache and the calculator: what recipes, evaluation and the server call.
+
+    engine = Engine(model, tokenizer)
+    sequences, masks = engine.generate_batch(prompts, max_tokens=256, temperature=0)
+
+The loop is in gptfast/generation.py, the model's part in gptfast/cached_model.py.
+"""
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from gptfast.cached_model import INDUCTOR, CachedGPT, GraphedDecode
+from gptfast.calculator import calculate
+from gptfast.errors import UserError
+from gptfast.generation import Generation, Row, Token, Workspace
+from gptfast.model import GPT
+from gptfast.sampling import Sampling
+from gptfast.tokenizer import BOS, Tokenizer
+from gptfast.tool_use import Tool, ToolUse
+
+# Each of these ends a sequence unless told otherwise.
+STOP_TOKENS = (BOS, "<|assistant_end|>")
+# The most tokens of a prefill: what bounds its memory.
+PREFILL_TOKENS = 16_384
+# Of the cache, a CUDA graph reads a multiple of this: fewer graphs, or fewer positions for nothing.
+READ_CHUNK = 128
+
+
+class Engine:
+    """Generates with a plain model (not sharded, not compiled), where that model is.
+
+    Args:
+        model, tokenizer: of one vocabulary. The parameters may change in place between calls.
+        max_rows: how many sequences are decoded together; more of them wait for a free slot.
+        compiled: decoding through Inductor and CUDA graphs; None: on a GPU. Compiled once
+            for every number of rows (powers of two), so False is better for a few short samples.
+
+    Several generations may be open at once; each has a cache of its own.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, *, max_rows: int = 64, compiled: bool | None = None
+    ) -> None:
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"{model.config.vocab_size}: they do not belong together"
+            )
+        if max_rows < 1:
+            raise UserError(f"max_rows must be at least 1, got {max_rows}")
+        self.tokenizer, self.max_rows = tokenizer, max_rows
+        self.device = model.lm_head.weight.device
+        on_gpu = self.device.type == "cuda"
+        self.compiled = on_gpu if compiled is None else compiled
+        if self.compiled and not on_gpu:
+            raise UserError(f"compiled decoding needs a CUDA GPU; the model is on {self.device}")
+        self.model = CachedGPT(model, compile=INDUCTOR if self.compiled else None)
+        self.context = len(model.cos)
+        # How many steps may be on their way when the host reads the first of them.
+        self.lag = 1 if on_gpu else 0
+        self.prefill_tokens = PREFILL_TOKENS
+        self._idle: Workspace | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seeds: Sequence[int] | None = None,
+        stop: Iterable[int] | None = None,
+        tool: Tool | None = calculate,
+    ) -> Iterator[list[Token]]:
+        """Continue every prompt `num_samples` times; yields new tokens as they become known.
+
+        Sequence i is sample i % num_samples of prompt i // num_samples. It ends with a stop token,
+        which is yielded, or after max_tokens, the tool's included.
+
+        Args:
+            temperature, top_k, top_p: see gptfast.sampling.Sampling.
+            seeds: one for each sequence; what is drawn depends on nothing else. None: from torch's
+                generator, so that torch.manual_seed repeats it.
+            stop: ids of the tokens that end a sequence; None: those of STOP_TOKENS.
+            tool: called with the text between python_start and python_end; None: the model may
+                write them, and nothing happens.
+
+        UserError for what cannot be done, at once.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        self._check(prompts, num_samples, max_tokens)
+        count = len(prompts) * num_samples
+        if seeds is None:
+            seeds = torch.randint(2**63 - 1, (count,)).tolist()
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} sequences")
+        rows = [
+            Row(
+                index,
+                prompts[index // num_samples],
+                max_tokens,
+                seed,
+                None if tool is None else ToolUse(self.tokenizer, tool),
+            )
+            for index, seed in enumerate(seeds)
+        ]
+        return self._generate(rows, sampling, self._stop_ids(stop))
+
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], *, stop: Iterable[int] | None = None, **options
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """`generate` to the end: (sequences, masks), prompts included and stop tokens left out.
+
+        The mask is 1 where a token was sampled, 0 in the prompt and where the tool forced it.
+        """
+        stop = self._stop_ids(stop)
+        steps = self.generate(prompts, stop=stop, **options)
+        num_samples = options.get("num_samples", 1)
+        sequences = [list(prompt) for prompt in prompts for _ in range(num_samples)]
+        masks = [[0] * len(prompt) for prompt in sequences]
+        for token in (token for tokens in steps for token in tokens):
+            if not (token.sampled and token.id in stop):
+                sequences[token.sequence].append(token.id)
+                masks[token.sequence].append(int(token.sampled))
+        return sequences, masks
+
+    def stream_text(
+        self, prompt: Sequence[int], *, stop: Iterable[int] | None = None, **options
+    ) -> Iterator[str]:
+        """The continuation of one prompt as pieces of text, none of them empty.
+
+        Only whole characters: the bytes of a started one wait for the rest. Stop tokens are left
+        out, other special tokens are spelled.
+        """
+        stop = self._stop_ids(stop)
+        return self._stream(self.generate([prompt], stop=stop, **options), stop)
+
+    def _stream(self, steps: Iterator[list[Token]], stop: frozenset[int]) -> Iterator[str]:
+        text = TextStream(self.tokenizer)
+        for tokens in steps:
+            ids = [token.id for token in tokens if not (token.sampled and token.id in stop)]
+            if piece := text.feed(ids):
+                yield piece
+        if piece := text.close():
+            yield piece
+
+    def _stop_ids(self, stop: Iterable[int] | None) -> frozenset[int]:
+        if stop is None:
+            return frozenset(self.tokenizer.special_id(name) for name in STOP_TOKENS)
+        return frozenset(stop)
+
+    def _check(self, prompts: Sequence[Sequence[int]], num_samples: int, max_tokens: int) -> None:
+        for name, value in (("num_samples", num_samples), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        vocab_size = self.model.config.vocab_size
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"prompt {i} is empty; it needs one token at least, such as {BOS}")
+            if min(prompt) < 0 or max(prompt) >= vocab_size:
+                raise UserError(f"prompt {i} has ids outside of 0 to {vocab_size - 1}")
+            if len(prompt) + max_tokens > self.context:
+                raise UserError(
+                    f"prompt {i} has {len(prompt)} tokens, which with max_tokens {max_tokens} "
+                    f"exceeds the context of {self.context} positions: it leaves room for "
+                    f"{max(0, self.context - len(prompt))}"
+                )
+
+    def _generate(
+        self, rows: list[Row], sampling: Sampling, stop: frozenset[int]
+    ) -> Iterator[list[Token]]:
+        if not rows:
+            return
+        slots, length = min(len(rows), self.max_rows), max(row.end for row in rows)
+        if self.compiled:
+            # Each number of rows is a compilation: powers of two.
+            slots = min(1 << (slots - 1).bit_length(), self.max_rows)
+        self.model.refresh()
+        workspace = self._take_workspace(slots, length)
+        try:
+            generation = Generation(
+                workspace,
+                rows,
+                slots=slots,
+                sampling=sampling,
+                stop=stop,
+                lag=self.lag,
+                prefill_tokens=self.prefill_tokens,
+            )
+            yield from filter(None, generation.run())
+        finally:
+            self._idle = workspace
+
+    def _take_workspace(self, slots: int, length: int) -> Workspace:
+        """The last one if it will do. Its cache is never resized: what can be needed is
+        known and reserved before the loop, and in there only how much of it is read grows."""
+        idle, self._idle = self._idle, None
+        if idle is not None and idle.cache.rows == slots and idle.cache.length >= length:
+            return idle
+        # Gone before the next one is reserved.
+        del idle
+        if not self.compiled:
+            cache = self.model.new_cache(slots, length)
+            return Workspace(self.model, cache, partial(self.model.decode, cache), 1)
+        cache = self.model.new_cache(slots, length + -length % READ_CHUNK)
+        return Workspace(self.model, cache, GraphedDecode(self.model, cache), READ_CHUNK)
+
+
+class TextStream:
+    """Tokens in, text out; bytes of a character that is not complete are kept back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def close(self) -> str:
+        """What was kept back: U+FFFD if a character never became complete."""
+        return self._decoder.decode(b"", final=True)
