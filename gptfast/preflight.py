@@ -81,7 +81,9 @@ def check_memory(settings: BaseSettings, config: GPTConfig, accumulation: int, w
         return f"memory: about {estimate} a process"
     available = torch.cuda.get_device_properties(world.device).total_memory
     if estimate.total > _MEMORY_MARGIN * available:
-        most = largest_device_batch(int(_MEMORY_MARGIN * available), config, **shared)
+        # A smaller batch is accumulated, which keeps fp32 gradients of all parameters.
+        smaller = {**shared, "accumulates": True}
+        most = largest_device_batch(int(_MEMORY_MARGIN * available), config, **smaller)
         advice = f"--device-batch-size {most} should fit" if most else "no batch size fits"
         raise UserError(
             f"not enough GPU memory: {batch} sequences of {config.sequence_len} take about "
