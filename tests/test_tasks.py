@@ -1,11 +1,8 @@
 """Tasks: what is asked, what counts as right, and in which order the questions come."""
 
-import hashlib
 import json
 import random
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from gptfast.tasks import (
 from gptfast.tasks.common import hub_shuffle
 from gptfast.tasks.gsm8k import answer_parts, stated_result
 from gptfast.tasks.humaneval import code_of, leading_imports, program
+from tests.fake_hub import QUICK, Hub, fake_hub
 
 CHAT_EVAL = Path(__file__).parents[2] / "shared/data/chat_eval"
 CHAT_TRAIN = CHAT_EVAL.with_name("chat_train")
@@ -349,6 +347,12 @@ def test_bad_files_are_named(tmp_path):
         Conversations([tmp_path / "x.parquet"])
     with pytest.raises(UserError, match=r"has no test-\*.parquet; it has x.parquet"):
         GSM8K(tmp_path, subset=".", split="test")
+    for name in ("test-00000-of-00003.parquet", "test-00002-of-00003.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"not hold one whole test split: .*00000-of-00003.*, .*00002-of"
+    ):
+        GSM8K(tmp_path, subset=".", split="test")
 
 
 def test_large_lists_and_slices_of_parquet(tmp_path):
@@ -365,80 +369,36 @@ def test_unknown_names():
         fetch("squad", Path())
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves some parquet under every name, as the Hub serves files of datasets."""
-
-    body = b"PAR1 some rows PAR1"
-    # Names that come damaged.
-    damaged: frozenset[str] = frozenset()
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.asked: list[str] = []
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self._answer(b"")
-
-    def do_GET(self) -> None:
-        name = self.path.rsplit("/", 1)[1]
-        # huggingface_hub asks for other things, too.
-        if self.path.startswith("/datasets/"):
-            self.server.asked.append(self.path.removeprefix("/datasets/"))
-        body = self.server.body
-        self._answer(body[::-1] if name in self.server.damaged else body)
-
-    def _answer(self, content: bytes) -> None:
-        digest = hashlib.sha256(self.server.body).hexdigest()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.send_header("ETag", f'"{digest}"')
-        self.send_header("X-Repo-Commit", "c0ffee" + "0" * 34)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with fake_hub(tmp_path, monkeypatch) as hub:
+        yield hub
 
 
 def test_fetch_lays_files_out_and_asks_once(hub, tmp_path):
+    names = [f"main/{split}-00000-of-00001.parquet" for split in ("train", "test")]
+    hub.files = {name: name.encode() for name in names}
     folder = fetch("gsm8k", tmp_path)
-    expected = {f"main/{split}-00000-of-00001.parquet" for split in ("train", "test")}
-    commit = "c0ffee" + "0" * 34
-    assert set(hub.asked) == {f"openai/gsm8k/resolve/{commit}/{name}" for name in expected}
+    assert {request.repo for request in hub.requests} == {"openai/gsm8k"}
+    assert sorted(hub.asked("GET")) == sorted(names)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert found == expected
-    assert all((folder / name).read_bytes() == hub.body for name in expected)
-    hub.asked.clear()
+    assert found == {*names, *(f"{name}.json" for name in names)}
+    assert all((folder / name).read_bytes() == hub.files[name] for name in names)
+    hub.requests.clear()
     assert fetch("gsm8k", tmp_path) == folder
-    assert hub.asked == []
-    # The one subset of HumanEval is not a folder.
-    assert (fetch("humaneval", tmp_path) / "test-00000-of-00001.parquet").is_file()
+    assert hub.requests == []
 
 
-def test_fetch_keeps_nothing_that_is_damaged(hub, tmp_path, monkeypatch):
-    hub.damaged = frozenset({"test-00000-of-00001.parquet"})
-    with pytest.raises(UserError, match=r"openai_humaneval/test-.*in 3 tries: the Hub states"):
-        fetch("humaneval", tmp_path)
+def test_fetch_keeps_nothing_that_is_damaged(hub, tmp_path):
+    name = "test-00000-of-00001.parquet"
+    there = f"openai_humaneval/{name}"
+    hub.files[there] = b"PAR1 some rows PAR1"
+    hub.faults[there, "GET"] = ["corrupt"] * 2
+    with pytest.raises(UserError, match=rf"{there} of openai/openai_humaneval .*in 2 tries"):
+        fetch("humaneval", tmp_path, policy=QUICK)
     assert [path for path in (tmp_path / "tasks").rglob("*") if path.is_file()] == []
+    # The one subset of HumanEval is not a folder.
+    assert (fetch("humaneval", tmp_path) / name).read_bytes() == hub.files[there]
 
 
 @needs_chat_eval

@@ -157,12 +157,22 @@ def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
     return which, index - (ends[which - 1] if which else 0)
 
 
+def split_names(split: str, count: int) -> list[str]:
+    """How the Hub names the files of a split."""
+    return [f"{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
+
+
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of a split in order, named as the Hub names them: SPLIT-00000-of-00001."""
+    """The parquet files of a split in order. UserError if there are none, or not all of them."""
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         found = ", ".join(sorted(p.name for p in folder.glob("*"))[:5]) or "nothing"
         raise UserError(f"{folder} has no {split}-*.parquet; it has {found}")
+    names = [file.name for file in files]
+    if names != split_names(split, len(names)):
+        raise UserError(
+            f"{folder} does not hold one whole {split} split: it has {', '.join(names)}"
+        )
     return files
 
 
