@@ -101,8 +101,9 @@ class SystemSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    out: Path = Path("runs/base")
-    """Folder of this run: settings, metrics, checkpoints, curves."""
+    out: Path | None = None
+    """Folder of this run: settings, metrics, checkpoints, curves. By default runs/base-d20 (20 is
+    the depth), or the first of runs/base-d20-2, -3, ... that is free."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the folder."""
     eval_every: int = 250
@@ -146,7 +147,6 @@ def preset(*, on_gpu: bool, processes: int) -> BaseSettings:
         ),
         system=SystemSettings(kernels="reference", compile=False, device="cpu"),
         run=RunSettings(
-            out=Path("runs/cpu"),
             eval_every=40,
             eval_tokens=16 * 1024,
             sample_every=0,

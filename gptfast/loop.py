@@ -29,6 +29,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 # Python's collector stops the host for up to half a second in a process of this size (nanochat's
 # log); it runs at these steps instead of whenever it likes.
 _COLLECT_EVERY = 1000
+# Signals closer to each other than this are one request to stop.
+_SAME_SIGNAL_SECONDS = 3.0
 # Steps that say nothing about the speed of the rest: compilation, allocation, a cold card.
 _WARMUP_STEPS = 20
 
@@ -110,6 +112,7 @@ class Trainer:
         self._pending: _Pending | None = None
         self._skipped_in_a_row = 0
         self._stop_here = self._stop_everywhere = False
+        self._stop_asked_at = -math.inf
         self._saved_at = -1
 
     def run(self, start_step: int = 0) -> Summary:
@@ -314,9 +317,11 @@ class Trainer:
         self.summary.stopped = step < self.plan.total_steps
 
     def _request_stop(self, number: int, _frame: object) -> None:
-        if self._stop_here:
+        now = time.monotonic()
+        # Ctrl-C comes twice under torchrun: from the terminal, and from torchrun itself.
+        if now - self._stop_asked_at > _SAME_SIGNAL_SECONDS and self._stop_here:
             raise KeyboardInterrupt(f"second signal {number}: stopping at once, without saving")
-        self._stop_here = True
+        self._stop_here, self._stop_asked_at = True, now
 
 
 def _stamp(device: torch.device) -> "torch.cuda.Event | float":

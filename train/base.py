@@ -62,8 +62,9 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
     )
 
     # 2. Everything that can be wrong is found, and everything needed fetched, before step 0.
-    open_run_folder(run.out, settings, world, resume=run.resume)
-    check_disk(run, config)
+    name = f"base-d{settings.model.depth}"
+    folder = open_run_folder(run.out, name, settings, world, resume=run.resume)
+    check_disk(folder, run.keep, config)
     say(check_memory(settings, config, plan.accumulation, world))
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     attention = choose_attention(
@@ -111,7 +112,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         dtype=dtype,
     )
     checkpointer = Checkpointer(
-        run.out / "checkpoints",
+        folder / "checkpoints",
         keep=run.keep,
         process_group=world.new_host_group(),
         rank=world.rank,
@@ -129,7 +130,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
     # 4. Train.
     start_step = state.restore(say) if run.resume else 0
     log = MetricsLog(
-        run.out,
+        folder,
         active=world.is_main,
         start_step=start_step,
         total_steps=plan.total_steps,
@@ -154,7 +155,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         log.close()
         loader.close()
     checkpointer.close()
-    end_run(run.out, summary, world, title=f"d{settings.model.depth} on {corpus.name}", say=say)
+    end_run(folder, summary, world, title=f"d{settings.model.depth} on {corpus.name}", say=say)
 
 
 def make_plan(settings: BaseSettings, config: GPTConfig, world: parallel.World) -> Plan:

@@ -9,7 +9,6 @@ Without a network, the comparison needs TIKTOKEN_CACHE_DIR to name a folder with
 
 import sys
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import tyro
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from gptfast.config import DEFAULT_CACHE
 from gptfast.data import Corpus, iter_texts, prepare_corpus
 from gptfast.errors import UserError
-from gptfast.run import exit_code, write_json
+from gptfast.run import exit_code, write_json, write_section
 from gptfast.tokenizer import Tokenizer, check_free, train_tokenizer
 from gptfast.tokenizer_eval import (
     compare,
@@ -103,13 +102,6 @@ def evaluate(tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> dict[str, ob
     write_section(folder, "Tokenizer evaluation", render_tables(tables))
     print(render_tables(tables))
     return {label: [row.as_dict() for row in rows] for label, rows in tables.items()}
-
-
-def write_section(folder: Path, title: str, body: str) -> None:
-    """One section of the training report: tokenizer-training.md for "Tokenizer training"."""
-    path = folder / f"{title.lower().replace(' ', '-')}.md"
-    time = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    path.write_text(f"## {title}\n\ntimestamp: {time}\n\n{body}", encoding="utf-8")
 
 
 if __name__ == "__main__":
