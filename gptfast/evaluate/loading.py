@@ -1,0 +1,115 @@
+"""A run's model and tokenizer back from its folder, to be evaluated: plain, in one piece."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptfast.attention import choose_attention
+from gptfast.checkpoint_files import list_steps, load_full_state, read_manifest, step_folder
+from gptfast.config import DataSettings
+from gptfast.errors import UserError
+from gptfast.model import GPT, GPTConfig, rotary_table
+from gptfast.preflight import tokenizer_folder
+from gptfast.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs, and how. dtype, kernels: "auto" is what is fastest on the device;
+    attention: "auto" or a name in gptfast.attention.BACKENDS."""
+
+    device: torch.device
+    dtype: str = "auto"
+    kernels: str = "auto"
+    attention: str = "auto"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        auto = "bfloat16" if self.device.type == "cuda" else "float32"
+        return getattr(torch, auto if self.dtype == "auto" else self.dtype)
+
+    @property
+    def operators(self) -> str:
+        auto = "triton" if self.device.type == "cuda" else "reference"
+        return auto if self.kernels == "auto" else self.kernels
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> Path:
+    """The run's checkpoint of this step, or its newest. UserError if there is none."""
+    root = run / "checkpoints"
+    steps = list_steps(root)
+    if not steps or step not in (None, *steps):
+        asked = "" if step is None else f" of step {step}"
+        have = f"there are steps {', '.join(map(str, steps))}" if steps else "there are none"
+        raise UserError(f"no checkpoint{asked} in {root}: {have}")
+    return step_folder(root, steps[-1] if step is None else step)
+
+
+def data_of_run(run: Path) -> DataSettings:
+    """What the run was trained on. UserError if its settings.json does not tell."""
+    path = run / "settings.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["data"]
+        folders = {name: Path(saved[name]) for name in ("tokenizer", "cache") if saved[name]}
+        return DataSettings(**{**saved, **folders})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not tell what the run was trained on: {error}") from error
+
+
+def load_tokenizer(data: DataSettings, corpus_name: str, checkpoint: Path) -> Tokenizer:
+    """The tokenizer that the checkpoint's model was trained with; UserError if it is not there."""
+    meta = read_manifest(checkpoint)["meta"]
+    vocab_size = meta["model_config"]["vocab_size"]
+    folder = data.tokenizer or tokenizer_folder(data.cache, corpus_name, vocab_size)
+    tokenizer = Tokenizer.load(folder)
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} holds tokenizer {tokenizer.fingerprint[:12]}, but the model was trained "
+            f"with {meta['tokenizer'][:12]}: give the folder of that one as --tokenizer"
+        )
+    return tokenizer
+
+
+def load_model(checkpoint: Path, placement: Placement) -> GPT:
+    """The checkpoint's GPT, ready to evaluate. Raises DamagedCheckpoint if the folder is not what
+    was written, UserError if its tensors are not this model's."""
+    config = GPTConfig(**read_manifest(checkpoint)["meta"]["model_config"])
+    state = load_full_state(checkpoint, "model")
+    model = _without_weights(config, placement)
+    parameters = dict(model.named_parameters())
+    if odd := sorted(state.keys() ^ parameters.keys()):
+        raise UserError(f"{checkpoint} and this model differ in {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+    return model
+
+
+def random_model(config: GPTConfig, placement: Placement, *, seed: int = 0) -> GPT:
+    """A GPT that knows nothing but has preferences: unlike in a model about to be trained, no
+    matrix is zero, so that its logits differ."""
+    model = _without_weights(config, placement)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            value = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(value * parameter.shape[1] ** -0.5)
+    return model
+
+
+def _without_weights(config: GPTConfig, placement: Placement) -> GPT:
+    attention = choose_attention(
+        placement.attention, placement.device, placement.torch_dtype, config.head_dim
+    )
+    with torch.device("meta"):
+        model = GPT(config, kernels=placement.operators, attention_backend=attention.backend)
+    # Parameters only: the rotary table stays fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(placement.torch_dtype)
+    model.to_empty(device=placement.device)
+    tables = rotary_table(config, placement.device)
+    for buffer, value in zip((model.cos, model.sin), tables, strict=True):
+        buffer.copy_(value)
+    return model.requires_grad_(False).eval()
