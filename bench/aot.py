@@ -5,8 +5,9 @@
                                    # compares with
 
 Triton and its ptxas need no GPU to compile. Every module of kernels/ that defines aot_cases() says
-which launches matter; each is compiled for sm_80, sm_90 and sm_100, and the figures are what ptxas
-reports. Shared memory is in bytes a program, registers are per thread, spills in bytes a thread.
+which launches matter on a GPU of a compute capability; they are compiled for sm_80, sm_90 and
+sm_100, and the figures are what ptxas reports. Shared memory is in bytes a program, registers are
+per thread, spills in bytes a thread.
 """
 
 import importlib
@@ -30,13 +31,14 @@ ARCHS = (80, 90, 100)
 TABLE = Path(__file__).with_suffix(".json")
 
 
-def cases() -> dict[str, AotCase]:
-    """Label -> case, of every module of kernels/ that lists some."""
+def cases(arch: int) -> dict[str, AotCase]:
+    """Label -> case as launched on sm_{arch}, of every module of kernels/ that lists some."""
     modules = (
         importlib.import_module(f"kernels.{info.name}")
         for info in pkgutil.iter_modules(kernels.__path__)
     )
-    listed = [case for m in modules if hasattr(m, "aot_cases") for case in m.aot_cases()]
+    listing = [m.aot_cases for m in modules if hasattr(m, "aot_cases")]
+    listed = [case for aot_cases in listing for case in aot_cases(divmod(arch, 10))]
     found = {case.label: case for case in listed}
     if len(found) != len(listed):
         raise ValueError(f"two cases of one label among {sorted(case.label for case in listed)}")
@@ -57,7 +59,12 @@ def compile_case(case: AotCase, arch: int) -> dict[str, int]:
             if name in types and types[name][2] == "16"
         },
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FUSED_MULTIPLY_ADD}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "maxnreg": case.maxnreg,
+        **FUSED_MULTIPLY_ADD,
+    }
     # Triton hands on what ptxas says if asked to, and only when it compiles anew.
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -74,12 +81,12 @@ def compile_case(case: AotCase, arch: int) -> dict[str, int]:
 
 def _compile_labelled(job: tuple[str, int]) -> dict[str, int]:
     label, arch = job
-    return compile_case(cases()[label], arch)
+    return compile_case(cases(arch)[label], arch)
 
 
 def measure() -> dict:
     """The table: {"triton": version, "kernels": {label: {"sm_80": {...}, ...}}}."""
-    jobs = [(label, arch) for label in cases() for arch in ARCHS]
+    jobs = [(label, arch) for arch in ARCHS for label in cases(arch)]
     table: dict[str, dict] = {}
     with ProcessPoolExecutor(2) as pool:
         for (label, arch), figures in zip(jobs, pool.map(_compile_labelled, jobs)):
@@ -87,15 +94,17 @@ def measure() -> dict:
     return {"triton": triton.__version__, "kernels": table}
 
 
+def lines(table: dict) -> list[str]:
+    """`measure()`'s table as text: a line a case, a column an architecture."""
+    rows = [("registers / spilled bytes / shared bytes", [f"sm_{arch}" for arch in ARCHS])]
+    for label, row in table["kernels"].items():
+        rows.append((label, [" / ".join(map(str, figures.values())) for figures in row.values()]))
+    return [f"{label:44}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in rows]
+
+
 def main() -> None:
     table = measure()
-    print(f"{'registers / spilled / shared bytes':44}", *(f"{f'sm_{a}':>18}" for a in ARCHS))
-    for label, row in table["kernels"].items():
-        cells = (
-            f"{f['registers']:>4} /{f['spill_bytes']:>4} /{f['shared_bytes']:>6}"
-            for f in row.values()
-        )
-        print(f"{label:44}", *(f"{cell:>18}" for cell in cells))
+    print(*lines(table), sep="\n")
     if "--write" in sys.argv[1:]:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.aot import TABLE
+from bench import aot
 from bench.case import Case, Size, sizes
 from bench.marks import SIZE as MARKED_SIZE
 from bench.marks import marks
@@ -171,18 +171,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     lines = config.stash.get(LINES, [])
     if config.stash[SUITE].gpu is None:
-        lines = [NO_GPU, *compiled_kernels()]
+        # Kept true by tests/test_aot.py.
+        lines = [NO_GPU, *aot.lines(json.loads(aot.TABLE.read_text()))]
     for line in lines:
         terminalreporter.write_line(line)
-
-
-def compiled_kernels() -> list[str]:
-    """The kept ahead-of-time table, which tests/test_aot.py keeps true."""
-    if not TABLE.exists():
-        return []
-    kept = json.loads(TABLE.read_text())["kernels"]
-    lines = ["registers / spilled bytes / shared bytes"]
-    for label, archs in kept.items():
-        cells = (f"{arch} {' / '.join(map(str, row.values()))}" for arch, row in archs.items())
-        lines.append(f"{label:44}" + " ".join(f"{cell:<24}" for cell in cells).rstrip())
-    return lines

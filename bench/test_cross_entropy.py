@@ -24,15 +24,14 @@ from bench.providers import compiled
 from bench.timing import Cost, Stages
 from kernels.cross_entropy import (
     CHUNKS,
-    _softmax_losses,
+    SPECIAL_FUNCTIONS_A_LOGIT,
     chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_ref,
+    logits_pass,
 )
 
 IGNORE = -1
-# With a softcap, two looks at each logit; counted in kernels/cross_entropy.py.
-SPECIAL_FUNCTIONS_A_LOGIT = 4.5
 
 
 def liger(softcap: float | None):
@@ -78,9 +77,7 @@ def three_products(softcap: float) -> Stages:
     def prepare(arguments):
         x, weight, targets = (t.detach() for t in arguments)
         du = x @ weight.T
-        _softmax_losses(
-            du, targets, du.new_empty(len(du), dtype=torch.float32), softcap, IGNORE, True
-        )
+        logits_pass(du, targets, du.new_empty(len(du), dtype=torch.float32), softcap, IGNORE, True)
         return x, weight, du
 
     def run(state):
@@ -127,7 +124,7 @@ def our_logits_pass(softcap: float) -> Stages:
 
     def run(state):
         logits, targets, losses = state
-        _softmax_losses(logits, targets, losses, softcap, IGNORE, True)
+        logits_pass(logits, targets, losses, softcap, IGNORE, True)
         return losses, logits
 
     return Stages(prepare, run)

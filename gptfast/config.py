@@ -141,16 +141,16 @@ def preset(*, on_gpu: bool, processes: int) -> BaseSettings:
     return BaseSettings(
         model=ModelSettings(depth=4, sequence_len=128, vocab_size=2048),
         data=DataSettings(data="embedded", tokenizer_chars=2_000_000),
-        horizon=HorizonSettings(num_iterations=80),
+        horizon=HorizonSettings(num_iterations=60),
         optim=OptimSettings(
             device_batch_size=sequences, total_batch_size=sequences * 128 * processes
         ),
         system=SystemSettings(kernels="reference", compile=False, device="cpu"),
         run=RunSettings(
-            eval_every=40,
+            eval_every=30,
             eval_tokens=16 * 1024,
             sample_every=0,
-            save_every=40,
+            save_every=30,
         ),
     )
 

@@ -23,9 +23,10 @@ class MemoryEstimate:
         return self.weights + self.activations + self.transient
 
     def __str__(self) -> str:
+        unit, name = (GIB, "GiB") if self.total >= GIB else (GIB / 1024, "MiB")
         return (
-            f"{self.total / GIB:.1f} GiB (weights and optimizer {self.weights / GIB:.1f}, "
-            f"activations {self.activations / GIB:.1f}, transient {self.transient / GIB:.1f})"
+            f"{self.total / unit:.1f} {name} (weights and optimizer {self.weights / unit:.1f}, "
+            f"activations {self.activations / unit:.1f}, transient {self.transient / unit:.1f})"
         )
 
 

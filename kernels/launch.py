@@ -16,7 +16,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Given at every launch: Triton's default changes in 3.10, and with it every rounding.
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 
-_TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_TRITON_TYPES = _FLOATS | {torch.int64: "i64"}
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -36,7 +37,7 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
     if lead.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{op}: {first} is on {lead.device}; this operator runs on cuda and cpu")
     for name, t in given.items():
-        if t.dtype not in _TRITON_TYPES:
+        if t.dtype not in _FLOATS:
             raise ValueError(f"{op}: {name} is {t.dtype}; it takes bfloat16, float16 or float32")
         if t.device != lead.device:
             raise ValueError(f"{op}: {name} is on {t.device}, {first} on {lead.device}")
@@ -69,6 +70,8 @@ class AotCase:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 3
+    # Registers a thread may take; None leaves that to ptxas.
+    maxnreg: int | None = None
 
     @classmethod
     def of_launch(
@@ -78,6 +81,7 @@ class AotCase:
         *arguments: Any,
         num_warps: int,
         num_stages: int = 3,
+        maxnreg: int | None = None,
         **constexprs: Any,
     ) -> "AotCase":
         """The specialisation that a launch with these arguments makes; a dtype stands for a tensor.
@@ -95,4 +99,4 @@ class AotCase:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32:16" if value % 16 == 0 else "i32"
-        return cls(label, kernel, signature, constants, num_warps, num_stages)
+        return cls(label, kernel, signature, constants, num_warps, num_stages, maxnreg)

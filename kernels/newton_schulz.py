@@ -41,11 +41,11 @@ EPS = 1e-7
 _OPERANDS = tl.float32 if INTERPRETED else tl.bfloat16
 
 
-def newton_schulz_ref(x: Tensor, steps: int = 5) -> Tensor:
-    """`newton_schulz` in plain PyTorch and bf16, or fp64 for an fp64 x."""
+def newton_schulz_ref(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`newton_schulz` in plain PyTorch; computes in `dtype` and returns that."""
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
-    x = x if x.dtype == torch.float64 else x.bfloat16()
+    x = x.to(dtype)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + EPS)
     for _ in range(steps):
@@ -132,8 +132,9 @@ def _config(r: int, capability: tuple[int, int]) -> dict[str, int | None]:
 
     Blocks of 128 keep the tensor cores fed from shared memory, 32 KiB a stage; smaller matrices
     take smaller ones, to lose less at the edges. From sm_90 on two programs share an SM, so that
-    one stores while the other multiplies: hence the bound on registers. Before, sums live in
-    registers beside the operands, and one program takes what it needs.
+    one stores while the other multiplies: hence the bound on registers, for which the polynomial's
+    product may spill a few before its loop. Before, sums live in registers beside the operands, and
+    one program takes what it needs.
     """
     block = 128 if r > 256 else 64 if r > 64 else 32
     hopper = capability >= (9, 0)
@@ -178,7 +179,8 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
             "than 2^31 elements a matrix, and at least 1 step"
         )
     if not runs_kernel(x) or x.numel() == 0:
-        return newton_schulz_ref(x, steps)
+        # A CPU without bf16 arithmetic takes several times longer in bf16.
+        return newton_schulz_ref(x, steps, torch.float32).bfloat16()
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     # fp32 in, bf16 out, in one pass.
     y = torch.div(x, norm + EPS, out=torch.empty_like(x, dtype=torch.bfloat16))
@@ -190,18 +192,17 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     return y
 
 
-def aot_cases() -> list[AotCase]:
+def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
     """d20's products: of wide and tall matrices, and the square of what they give."""
     half, r, k = torch.bfloat16, 1280, 5120
+    config = _config(r, capability)
     cases = []
     for label, gram, depth, strides in (
         ("newton_schulz gram wide", None, k, (r * k, k, 1)),
         ("newton_schulz gram tall", None, k, (r * k, 1, r)),
         ("newton_schulz polynomial", half, r, (r * r, r, 1)),
     ):
-        config = _config(r, (9, 0))
-        del config["maxnreg"]
-        constants = dict(zip("ABC", COEFFICIENTS)) | {"OPERANDS": tl.bfloat16} | config
+        constants = dict(zip("ABC", COEFFICIENTS)) | {"OPERANDS": tl.bfloat16}
         launch = (_symmetric_product_kernel, half, gram, half, r, depth, *strides)
-        cases.append(AotCase.of_launch(label, *launch, **constants))
+        cases.append(AotCase.of_launch(label, *launch, **constants, **config))
     return cases

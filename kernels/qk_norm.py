@@ -298,7 +298,7 @@ def rotary_qk_norm(
     return _RotaryQKNorm.apply(qkv, cos, sin, n_head, n_kv_head, eps, offset)
 
 
-def aot_cases() -> list[AotCase]:
+def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
     """The model's heads at d20 in bf16, grouped-query heads, and d32's in fp32."""
     cases, full = [], torch.float32
     for label, h, h_kv, dtype in (

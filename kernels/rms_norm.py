@@ -345,7 +345,7 @@ def add_rms_norm(
     return _add_rms_norm(residual, branch, weight, eps)[:2]
 
 
-def aot_cases() -> list[AotCase]:
+def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
     """The model's launches at d20, those with a weight, and the heaviest of d32 in fp32."""
 
     def forward(n, dtype, branch, weight):

@@ -216,7 +216,7 @@ def rotary(
     return _rotary(q, k, cos, sin, offset, inverse)
 
 
-def aot_cases() -> list[AotCase]:
+def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
     """The model's heads at d20 in bf16 and at d32 in fp32."""
     cases = []
     for label, h, dtype in (

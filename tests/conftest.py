@@ -1,7 +1,8 @@
-"""What every test shares: where kernels run, poisoned memory, and markers that skip by name."""
+"""What every test shares: where and how kernels run, and markers that skip by name."""
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,35 @@ import torch
 # fixed when a kernel is decorated, so it is set here, before any module of ours is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# PyTorch's deterministic mode, in which tests poison memory, asks for it; read when cuBLAS starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
+
+
+def round_to_bf16_when_interpreted() -> None:
+    """Triton's interpreter cuts fp32 to bf16 where GPUs round; this makes it round to nearest even.
+
+    Triton decorates functions of its own when it is imported, so that is done in here.
+    """
+    import triton.language as tl
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    if not knobs.runtime.interpret:
+        return
+    cut = interpreter._convert_float
+
+    def convert(data, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(data, source, target, rounding)
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
+
+    interpreter._convert_float = convert
+
+
+round_to_bf16_when_interpreted()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, need in (("gpu", 1), ("multigpu", 2)):
             if item.get_closest_marker(marker) and have < need:
                 item.add_marker(pytest.mark.skip(reason=f"needs {need} CUDA GPU(s), found {have}"))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Gives back what PyTorch still caches: other processes test on the same GPU."""
+    if item.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()

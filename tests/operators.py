@@ -1,33 +1,16 @@
-"""What the operators' tests share: the error rule, poisoned memory, and how inputs are made."""
+"""What tests of GPU code share: the error rule, poisoned memory, no waiting, and inputs."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Opaque operators look alike to every backend; Inductor's C++ takes seconds a graph on a CPU.
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_interpreted_convert = interpreter._convert_float
-
-
-def _convert_float(data, source, target, rounding):
-    """Triton's interpreter cuts fp32 to bf16 where GPUs round; this rounds to nearest even."""
-    if (source, target) != (tl.float32, tl.bfloat16):
-        return _interpreted_convert(data, source, target, rounding)
-    bits = np.ascontiguousarray(data).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
-
-
-interpreter._convert_float = _convert_float
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -35,7 +18,8 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+    # In place: the largest are of several GB.
+    return torch.randn(shape, device=DEVICE).mul_(scale).to(dtype)
 
 
 def angles(tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +42,19 @@ def poisoned_memory() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def host_never_waits() -> Iterator[None]:
+    """RuntimeError where the host would wait for the GPU, in whatever PyTorch watches for that."""
+    with warnings.catch_warnings():
+        # PyTorch's, the first time: it does not watch everything yet.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def outputs_and_gradients(

@@ -14,6 +14,9 @@ import pytest
 from bench.aot import TABLE
 
 REGENERATE = "run `python -m bench.aot --write` and look at what changed"
+# Most bytes a thread where any may spill: before its loop, once, so that two programs fit on an SM
+# (kernels/newton_schulz.py).
+SPILLS = {"newton_schulz polynomial": 128}
 OPERATORS = ("rms_norm", "rotary", "qk_norm", "squared_relu")
 
 
@@ -46,7 +49,7 @@ def test_no_kernel_spills(tables):
         f"{label} on {arch}": figures["spill_bytes"]
         for label, row in tables[0]["kernels"].items()
         for arch, figures in row.items()
-        if figures["spill_bytes"]
+        if figures["spill_bytes"] > SPILLS.get(label, 0)
     }
     assert spilled == {}, "bytes of registers spilled to memory"
 
