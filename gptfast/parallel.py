@@ -6,7 +6,7 @@ gloo on either.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -151,6 +151,29 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def build_sharded(
+    make_gpt: Callable[[], GPT],
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    compile_blocks: bool,
+    seed: int,
+) -> GPT:
+    """A model made on the meta device, compiled by blocks, sharded, given its initial values."""
+    with torch.device("meta"):
+        model = make_gpt()
+    shard(
+        model,
+        world,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard_after_forward,
+        compile_blocks=compile_blocks,
+    )
+    materialise(model, world, seed)
+    return model
 
 
 def shard(

@@ -1,6 +1,7 @@
 """Everything that must survive a run's end for it to go on bit for bit, in one place."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,21 @@ class RunState:
         model: GPT,
         optimizer: Optimizer,
         loader: BatchLoader,
-        checkpointer: Checkpointer,
+        folder: Path,
+        keep: int,
         meta: dict,
     ) -> None:
+        """folder: of the checkpoints, of which the newest `keep` stay; meta: JSON that tells what
+        they belong to, "model_config" and "tokenizer" among it."""
         self.world, self.model, self.optimizer = world, model, optimizer
-        self.loader, self.checkpointer, self.meta = loader, checkpointer, meta
+        self.loader, self.meta = loader, meta
+        self.checkpointer = Checkpointer(
+            folder,
+            keep=keep,
+            process_group=world.new_host_group(),
+            rank=world.rank,
+            world_size=world.size,
+        )
 
     def save(self, step: int) -> None:
         """Start writing a checkpoint; returns as soon as training may change the tensors."""

@@ -37,16 +37,14 @@ def train(folder: Path, *, steps: int = 6, rows: int = 4, accumulation: int = 1,
     """Run a small model; returns (summary, weights, calls of evaluate/sample/save by step)."""
     calls: list[tuple[str, int]] = []
     with parallel.start(cpu=True) as world:
-        with torch.device("meta"):
-            model = GPT(CONFIG, attention_backend="flash2")
-        parallel.shard(
-            model,
+        model = parallel.build_sharded(
+            lambda: GPT(CONFIG, attention_backend="flash2"),
             world,
             compute_dtype=torch.float32,
             reshard_after_forward=False,
             compile_blocks=False,
+            seed=1,
         )
-        parallel.materialise(model, world, seed=1)
         trainer = Trainer(
             world=world,
             model=model,

@@ -16,7 +16,6 @@ import tyro
 
 from gptfast import hardware, parallel
 from gptfast.attention import choose_attention
-from gptfast.checkpoint import Checkpointer
 from gptfast.config import BaseSettings, accumulation_steps, preset
 from gptfast.data import BatchLoader
 from gptfast.evaluate.base import BaseEvaluation, first_documents
@@ -81,16 +80,14 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
 
     # 3. Model, optimizer, batches, and what evaluates and saves them.
     make_gpt = partial(GPT, config, kernels=system.kernels, attention_backend=attention.backend)
-    with torch.device("meta"):
-        model = make_gpt()
-    parallel.shard(
-        model,
+    model = parallel.build_sharded(
+        make_gpt,
         world,
         compute_dtype=dtype,
         reshard_after_forward=system.reshard_after_forward,
         compile_blocks=system.compile,
+        seed=system.seed,
     )
-    parallel.materialise(model, world, system.seed)
     optimizer = build_optimizer(model, optim)
     make_loader = partial(
         BatchLoader,
@@ -111,19 +108,13 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         tokenizer=tokenizer,
         dtype=dtype,
     )
-    checkpointer = Checkpointer(
-        folder / "checkpoints",
-        keep=run.keep,
-        process_group=world.new_host_group(),
-        rank=world.rank,
-        world_size=world.size,
-    )
     state = RunState(
         world=world,
         model=model,
         optimizer=optimizer,
         loader=loader,
-        checkpointer=checkpointer,
+        folder=folder / "checkpoints",
+        keep=run.keep,
         meta={"model_config": config.to_dict(), "tokenizer": tokenizer.fingerprint},
     )
 
@@ -144,7 +135,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         loader=loader,
         plan=plan,
         log=log,
-        checkpointer=checkpointer,
+        checkpointer=state.checkpointer,
         save=state.save,
         evaluate=evaluation.validate,
         sample=evaluation.sample,
@@ -154,7 +145,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
     finally:
         log.close()
         loader.close()
-    checkpointer.close()
+    state.checkpointer.close()
     end_run(folder, summary, world, title=f"d{settings.model.depth} on {corpus.name}", say=say)
 
 
