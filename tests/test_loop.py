@@ -8,15 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import parallel
+from gptfast import optim, parallel
 from gptfast.checkpoint import Checkpointer
 from gptfast.config import OptimSettings
 from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Plan, Trainer, TrainingDivergedError
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig
 from gptfast.optim import build_optimizer
+from kernels.newton_schulz import newton_schulz_ref
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
+
+
+@pytest.fixture(autouse=True)
+def plain_newton_schulz(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is tested here; its kernel, interpreted, would take most of the time."""
+    monkeypatch.setattr(optim, "newton_schulz", newton_schulz_ref)
 
 
 @dataclass
