@@ -108,6 +108,8 @@ class Trainer:
         self.plan, self.log, self.checkpointer = plan, log, checkpointer
         self.save, self.evaluate, self.sample = save, evaluate, sample
         self.summary = Summary()
+        on_gpu = world.device.type == "cuda"
+        self._own_peak = hardware.peak(torch.cuda.get_device_name()) if on_gpu else None
         self._step_seconds: list[float] = []
         self._pending: _Pending | None = None
         self._skipped_in_a_row = 0
@@ -299,7 +301,7 @@ class Trainer:
 
     def _gpu_figures(self, tokens_per_second: float) -> dict:
         flops = tokens_per_second * self.plan.flops_per_token
-        own = hardware.peak(torch.cuda.get_device_name(self.world.device))
+        own = self._own_peak
         self.summary.peak_memory_bytes = torch.cuda.max_memory_allocated()
         return {
             "mfu_report": hardware.mfu(flops, hardware.REPORT_PEAK_FLOPS),

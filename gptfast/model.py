@@ -254,6 +254,11 @@ class GPT(nn.Module):
         for tensor, value in self.initial_values(generator):
             tensor.copy_(value)
 
+    def cast_parameters(self, dtype: torch.dtype) -> None:
+        """Give the parameters another dtype; the rotary table stays fp32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
     def matrices(self) -> dict[str, nn.Parameter]:
         """Every parameter of the blocks: those that Muon trains."""
         return {f"transformer.h.{n}": p for n, p in self.blocks.named_parameters()}

@@ -51,11 +51,7 @@ class World:
 
     def new_host_group(self) -> dist.ProcessGroup:
         """A gloo group of all ranks for one user alone, a background thread say."""
-        return dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
-
-    def barrier(self) -> None:
-        """Wait for every process, on the host."""
-        dist.barrier(group=self.host_group)
+        return _new_host_group()
 
     def gather(self, value: object) -> list:
         """Every rank's value (any picklable), in rank order, on every rank."""
@@ -74,21 +70,16 @@ class World:
         """The body runs on one process of each node, then on the others: what the first fetched
         or built, they find. Yields whether this is the first. A failure of any leader ends all."""
         leader = self.local_rank == 0
-        failed = False
-        if not leader:
-            failed = self.any(False)
-            if failed:
-                raise SystemExit(2)
-            yield False
-            return
-        try:
-            yield True
-        except BaseException:
-            failed = True
-            self.any(True)
-            raise
+        if leader:
+            try:
+                yield True
+            except BaseException:
+                self.any(True)
+                raise
         if self.any(False):
             raise SystemExit(2)
+        if not leader:
+            yield False
 
 
 def process_count() -> int:
@@ -144,13 +135,16 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
         if nodes > 1:
             shape, names = ((nodes, local_size), ("replicate", "shard"))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        host_group = dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
-        yield World(rank, local_rank, size, local_size, device, mesh, host_group)
+        yield World(rank, local_rank, size, local_size, device, mesh, _new_host_group())
     except UserError as error:
         error.told_elsewhere = store.add(f"error: {error}", 1) > 1
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _new_host_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
 
 
 def build_sharded(

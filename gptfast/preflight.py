@@ -13,7 +13,7 @@ from gptfast.errors import UserError
 from gptfast.memory import GIB, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig, parameter_counts
 from gptfast.parallel import World
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, train_tokenizer
 from kernels.cross_entropy import CHUNKS
 
 # 4.8 to 4.9 on this text in the report's tokenizer evaluation; a little more here, so that a run
@@ -60,8 +60,9 @@ def _load_or_train(
         folder = tokenizer_folder(settings.cache, corpus.name, vocab_size)
         if not folder.exists():
             say(f"no tokenizer of {vocab_size} tokens for this text yet: training one")
-            texts = iter_texts(corpus.train, max_chars=settings.tokenizer_chars, doc_cap=10_000)
-            Tokenizer.train(texts, vocab_size).save(folder)
+            limits = {"max_chars": settings.tokenizer_chars, "doc_cap": 10_000}
+            texts = iter_texts(corpus.train, **limits)
+            train_tokenizer(texts, folder, vocab_size=vocab_size, settings=limits)
     tokenizer = Tokenizer.load(folder)
     say(f"tokenizer: {tokenizer.vocab_size} tokens, {folder}")
     return tokenizer

@@ -65,7 +65,5 @@ class BaseEvaluation:
     def _replica(self) -> GPT:
         with torch.device("meta"):
             replica = self.make_replica()
-        # Parameters only: the rotary table stays fp32.
-        for parameter in replica.parameters():
-            parameter.data = parameter.data.to(self.dtype)
+        replica.cast_parameters(self.dtype)
         return gather_replica(self.model, replica.to_empty(device=self.world.device)).eval()

@@ -105,9 +105,7 @@ def _without_weights(config: GPTConfig, placement: Placement) -> GPT:
     )
     with torch.device("meta"):
         model = GPT(config, kernels=placement.operators, attention_backend=attention.backend)
-    # Parameters only: the rotary table stays fp32.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(placement.torch_dtype)
+    model.cast_parameters(placement.torch_dtype)
     model.to_empty(device=placement.device)
     tables = rotary_table(config, placement.device)
     for buffer, value in zip((model.cos, model.sin), tables, strict=True):
