@@ -98,7 +98,8 @@ def lines(table: dict) -> list[str]:
     """`measure()`'s table as text: a line a case, a column an architecture."""
     rows = [("registers / spilled bytes / shared bytes", [f"sm_{arch}" for arch in ARCHS])]
     for label, row in table["kernels"].items():
-        rows.append((label, [" / ".join(map(str, figures.values())) for figures in row.values()]))
+        figures = [row.get(f"sm_{arch}") for arch in ARCHS]
+        rows.append((label, [" / ".join(map(str, f.values())) if f else "-" for f in figures]))
     return [f"{label:44}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in rows]
 
 

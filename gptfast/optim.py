@@ -41,6 +41,7 @@ from gptfast.exchange import (
     unpack,
 )
 from gptfast.model import GPT
+from kernels.nesterov import nesterov, nesterov_ref
 from kernels.newton_schulz import newton_schulz
 
 # The width at which AdamW's learning rates are stated.
@@ -131,6 +132,7 @@ class Optimizer:
         self.matrix_lr, self.betas, self.eps = matrix_lr, betas, eps
         self.weight_decay, self.max_norm = weight_decay, max_norm
         device = local(next(iter(self.parameters.values()))).device
+        self.nesterov = nesterov if device.type == "cuda" else nesterov_ref
         # fp32 because the fused kernel asks for it: exact up to 16,777,216 steps.
         self.applied_steps = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -184,14 +186,14 @@ class Optimizer:
         grid, (R, C) = self.grid, group.shape
         grads = torch.stack([_gradient(*item) for item in group.parameters.items()])
         _drop_gradients(group.parameters)
-        shards = nesterov(group.momentum, grads, scale, momentum, finite)
+        shards = self.nesterov(group.momentum, grads, scale, momentum, finite)
         del grads
         send = pack(shards, R, grid)[grid.replica]
         received = yield from all_to_all(send, grid.shard_group)
         whole = self.newton_schulz(assemble(received, R), self.newton_schulz_steps)
         received = yield from all_to_all(disassemble(whole, grid.n_shards), grid.shard_group)
         received = yield from all_gather(received, grid.replica_group)
-        update = unpack(received, shards.shape).float()
+        update = unpack(received, shards.shape)
         rows = [local(parameter) for parameter in group.parameters.values()]
         torch._foreach_add_(rows, update.unbind(), alpha=-lr * math.sqrt(max(1.0, R / C)))
 
@@ -279,20 +281,6 @@ class _AdamWState:
         self.parameters, self.lr = dict(group.parameters), group.lr
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-
-
-def nesterov(
-    average: Tensor, grads: Tensor, scale: Tensor, momentum: float, finite: Tensor
-) -> Tensor:
-    """Move the average of scaled gradients, in place, and look ahead of it.
-
-    average, grads (n, r, C) fp32; grads is overwritten; scale, finite 0-dim. Returns (n, r, C)
-    bf16. Unless finite, the average keeps its bits and zeros are returned, whose orthogonalised
-    update is zero.
-    """
-    grads.mul_(scale)
-    torch.where(finite, average.lerp(grads, 1.0 - momentum), average, out=average)
-    return grads.lerp_(average, momentum).bfloat16().masked_fill_(~finite, 0)
 
 
 def _check(

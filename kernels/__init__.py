@@ -12,9 +12,9 @@ from functools import partial
 from typing import NamedTuple
 
 from kernels.cross_entropy import CHUNKS, linear_cross_entropy, linear_cross_entropy_ref
+from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
 from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
-from kernels.squared_relu import linear_squared_relu, linear_squared_relu_ref
 
 
 class Operators(NamedTuple):
@@ -24,7 +24,7 @@ class Operators(NamedTuple):
     rms_norm: Callable
     add_rms_norm: Callable
     rotary_qk_norm: Callable
-    linear_squared_relu: Callable
+    squared_relu_mlp: Callable
     linear_cross_entropy: Callable
 
 
@@ -34,7 +34,7 @@ _OPERATORS = {
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rotary_qk_norm=rotary_qk_norm,
-        linear_squared_relu=linear_squared_relu,
+        squared_relu_mlp=squared_relu_mlp,
         linear_cross_entropy=linear_cross_entropy,
     ),
     # Plain PyTorch, which Inductor may fuse as it likes: the rival that users have for free.
@@ -43,7 +43,7 @@ _OPERATORS = {
         rms_norm=rms_norm_ref,
         add_rms_norm=add_rms_norm_ref,
         rotary_qk_norm=rotary_qk_norm_ref,
-        linear_squared_relu=linear_squared_relu_ref,
+        squared_relu_mlp=squared_relu_mlp_ref,
         linear_cross_entropy=partial(linear_cross_entropy_ref, chunks=CHUNKS),
     ),
 }

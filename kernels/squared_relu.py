@@ -1,4 +1,4 @@
-"""Squared ReLU, and a linear layer that ends in it (So et al., 2021).
+"""Squared ReLU (So et al., 2021).
 
     h = max(x, 0)^2        dx = dh 2 max(x, 0) = dh 2 sqrt(h)
 
@@ -9,11 +9,10 @@ it cost dx up to 2^-11 |dh|); where it is too large, both are infinite. NaN stay
 step can be seen.
 
 Bytes moved, E elements of s bytes: forward 2 s E, backward 3 s E (reads h and dh, writes dx); 2 to
-4 FLOPs an element: limited by memory. `linear_squared_relu` adds the product's 2 M C F FLOPs.
+4 FLOPs an element: limited by memory.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,11 +26,6 @@ LAUNCH = {"BLOCK": 2048, "num_warps": 4}
 def squared_relu_ref(x: Tensor) -> Tensor:
     """`squared_relu` in plain PyTorch."""
     return torch.relu(upcast(x)).square().to(x.dtype)
-
-
-def linear_squared_relu_ref(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear_squared_relu` in plain PyTorch."""
-    return squared_relu_ref(F.linear(x, weight))
 
 
 @triton.jit
@@ -80,7 +74,8 @@ def _(x):
 
 
 @torch.library.custom_op("gptfast::squared_relu_bwd", mutates_args=())
-def _backward(dh: Tensor, h: Tensor) -> Tensor:
+def squared_relu_bwd(dh: Tensor, h: Tensor) -> Tensor:
+    """dx of squared_relu, whose output was h."""
     if not runs_kernel(h):
         return (upcast(dh) * (2 * upcast(h).sqrt())).to(h.dtype)
     dx, size = h.new_empty(h.shape), h.numel()
@@ -94,7 +89,7 @@ def _backward(dh: Tensor, h: Tensor) -> Tensor:
     return dx
 
 
-@_backward.register_fake
+@squared_relu_bwd.register_fake
 def _(dh, h):
     return h.new_empty(h.shape)
 
@@ -104,7 +99,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _squared_relu_backward(ctx, dh):
-    return _backward(dh, *ctx.saved_tensors)
+    return squared_relu_bwd(dh, *ctx.saved_tensors)
 
 
 _forward.register_autograd(_squared_relu_backward, setup_context=_setup_context)
@@ -119,12 +114,6 @@ def squared_relu(x: Tensor) -> Tensor:
             "contiguous: pass .contiguous()"
         )
     return _forward(x)
-
-
-def linear_squared_relu(x: Tensor, weight: Tensor) -> Tensor:
-    """max(x weight^T, 0)^2: x (..., C), weight (F, C) of one dtype -> (..., F)."""
-    check_tensors("linear_squared_relu", x=x, weight=weight)
-    return squared_relu(F.linear(x, weight))
 
 
 def aot_cases(capability: tuple[int, int]) -> list[AotCase]:

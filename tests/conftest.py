@@ -41,9 +41,15 @@ def round_to_bf16_when_interpreted() -> None:
 round_to_bf16_when_interpreted()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     have = torch.cuda.device_count()
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
         for marker, need in (("gpu", 1), ("multigpu", 2)):
             if item.get_closest_marker(marker) and have < need:
                 item.add_marker(pytest.mark.skip(reason=f"needs {need} CUDA GPU(s), found {have}"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import cross_entropy
+from kernels import logits_pass
 from kernels.cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_ref
 from tests.operators import (
     DEVICE,
@@ -21,9 +21,16 @@ from tests.operators import (
 )
 
 DTYPES = (torch.bfloat16, torch.float32)
-# (M, C, V, chunks): one row; a last chunk cut short; more chunks than rows; V under, over and
-# far over one tile of 8,192.
-SHAPES = [(1, 8, 1000, 1), (13, 16, 257, 3), (5, 24, 128, 8), (3, 8, 9000, 2), (2, 8, 20001, 1)]
+# (M, C, V, chunks): one row; a last chunk cut short; more chunks than rows; V under one tile of
+# 4,096, two whole tiles, over, and far over and odd.
+SHAPES = [
+    (1, 8, 1000, 1),
+    (13, 16, 257, 3),
+    (5, 24, 128, 8),
+    (3, 8, 8192, 1),
+    (3, 8, 9000, 2),
+    (2, 8, 20001, 1),
+]
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 over_softcaps = pytest.mark.parametrize("softcap", [15.0, None], ids=["cap", "no_cap"])
@@ -75,10 +82,39 @@ def test_accurate(m, c, v, chunks, softcap, dtype):
 
 
 @over_dtypes
+@pytest.mark.parametrize("v", [257, 258])
 @pytest.mark.parametrize("softcap", [5.0, 64.0, 100.0])
-def test_softcaps_with_and_without_a_running_maximum(softcap, dtype):
-    inputs = [randn(9, 16, dtype=dtype), randn(257, 16, dtype=dtype)]
-    assert_right(inputs, make_targets(9, 257), softcap=softcap)
+def test_softcaps_with_and_without_a_running_maximum(softcap, v, dtype):
+    inputs = [randn(9, 16, dtype=dtype), randn(v, 16, dtype=dtype)]
+    assert_right(inputs, make_targets(9, v), softcap=softcap)
+
+
+@over_dtypes
+@over_softcaps
+@pytest.mark.parametrize("v", [257, 258])
+def test_weights_of_rows(v, softcap, dtype):
+    """Positive, negative and zero; the mean is still over the rows that count."""
+    inputs = [randn(13, 16, dtype=dtype), randn(v, 16, dtype=dtype)]
+    weights = randn(13)
+    weights[4] = 0.0
+    options = {"weights": weights, "softcap": softcap, "chunks": 3}
+    for reduction in ("sum", "mean"):
+        assert_right(inputs, make_targets(13, v), reduction=reduction, **options)
+
+
+def test_weights_multiply_what_each_row_gives():
+    x, weight, targets = randn(13, 16), randn(257, 16), make_targets(13, 257)
+    weights = randn(13)
+    plain = linear_cross_entropy(x, weight, targets, reduction="none", chunks=2)
+    weighted = linear_cross_entropy(x, weight, targets, weights=weights, reduction="none", chunks=2)
+    torch.testing.assert_close(weighted, weights * plain, rtol=1e-6, atol=0)
+    _, dx, _ = outputs_and_gradients(
+        of_x_and_weight(linear_cross_entropy, targets, weights=weights), [x, weight]
+    )
+    _, plain_dx, _ = outputs_and_gradients(
+        of_x_and_weight(linear_cross_entropy, targets), [x, weight]
+    )
+    torch.testing.assert_close(dx, weights[:, None] * plain_dx, rtol=1e-4, atol=1e-6)
 
 
 @over_softcaps
@@ -158,11 +194,13 @@ def test_operands_apart(dtype):
     assert_right([x, weight], make_targets(24, 100)[::2], chunks=2)
 
 
-@pytest.mark.parametrize("softcap", [15.0, None], ids=["cap", "no_cap"])
-def test_reference_maths_where_no_kernel_runs(softcap, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "runs_kernel", lambda x: x.is_cuda)
+@pytest.mark.parametrize("weighted", [False, True])
+@over_softcaps
+def test_reference_maths_where_no_kernel_runs(softcap, weighted, monkeypatch):
+    monkeypatch.setattr(logits_pass, "runs_kernel", lambda x: x.is_cuda)
     inputs = [randn(13, 16, dtype=torch.bfloat16), randn(257, 16, dtype=torch.bfloat16)]
-    assert_right(inputs, make_targets(13, 257), chunks=3, softcap=softcap)
+    weights = randn(13) if weighted else None
+    assert_right(inputs, make_targets(13, 257), chunks=3, softcap=softcap, weights=weights)
 
 
 def test_chunks_change_nothing_but_memory():
@@ -262,10 +300,13 @@ def test_opcheck():
     ops = torch.ops.gptfast
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     for op, arguments in (
-        (ops.linear_cross_entropy_fwd, (*leaves, targets, 15.0, -1, 2, True, True)),
-        (ops.linear_cross_entropy_fwd, (leaves[0], weight, targets, None, -1, 1, True, False)),
+        (ops.linear_cross_entropy_fwd, (*leaves, targets, None, 15.0, -1, 2, True, True)),
+        (
+            ops.linear_cross_entropy_fwd,
+            (leaves[0], weight, targets, randn(6), None, -1, 1, True, False),
+        ),
         (ops.linear_cross_entropy_bwd, (randn(), x, weight, torch.bfloat16)),
-        (ops.linear_cross_entropy_losses, (x, weight, targets, 15.0, -1, 2)),
+        (ops.linear_cross_entropy_losses, (x, weight, targets, None, 15.0, -1, 2)),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -290,6 +331,9 @@ def test_chunk_rows():
         ({"weight": torch.zeros(50, 15)}, r"x is \(6, 16\), weight \(50, 15\)"),
         ({"targets": torch.zeros(6)}, r"targets are \(6,\) torch.float32"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, r"targets are \(5,\) torch.int64"),
+        ({"weights": torch.zeros(5)}, r"weights are \(5,\) torch.float32"),
+        ({"weights": torch.zeros(6).bfloat16()}, r"weights are \(6,\) torch.bfloat16"),
+        ({"weights": torch.zeros(6, requires_grad=True)}, "with requires_grad=True"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"softcap": math.inf}, "softcap is inf"),
         ({"reduction": "avg"}, "reduction is 'avg'"),

@@ -30,7 +30,6 @@ from gptfast.optim import (
     adamw_learning_rate,
     assemble,
     disassemble,
-    nesterov,
     pack,
     unpack,
 )
@@ -438,18 +437,6 @@ def test_one_process_moves_nothing():
     whole = assemble(pack(shards, 4, Grid())[0], 4)
     returned = unpack(disassemble(whole, 1).unsqueeze(0), shards.shape)
     assert shards.data_ptr() == whole.data_ptr() == returned.data_ptr()
-
-
-def test_nesterov_looks_ahead_of_the_average_and_stands_still_unless_finite():
-    average, grads = torch.tensor([[[1.0, -0.0]]]), torch.tensor([[[6.0, torch.nan]]])
-    half = torch.tensor(0.5)
-    ahead = nesterov(average, grads.clone(), half, 0.75, torch.tensor(False))
-    assert same_bits(average, torch.tensor([[[1.0, -0.0]]]))
-    assert torch.equal(ahead, torch.zeros(1, 1, 2, dtype=torch.bfloat16))
-    grads[0, 0, 1] = 8.0
-    ahead = nesterov(average, grads, half, 0.75, torch.tensor(True))
-    assert torch.equal(average, torch.tensor([[[1.5, 1.0]]]))
-    assert torch.equal(ahead, torch.tensor([[[1.875, 1.75]]], dtype=torch.bfloat16))
 
 
 def test_learning_rate_falls_with_the_root_of_the_width():

@@ -7,8 +7,6 @@ import torch
 
 from kernels.squared_relu import (
     LAUNCH,
-    linear_squared_relu,
-    linear_squared_relu_ref,
     squared_relu,
     squared_relu_ref,
 )
@@ -90,19 +88,12 @@ def test_gradient_of_another_layout():
         assert_accurate(squared_relu, squared_relu_ref, [randn(4, 5)], [grad])
 
 
-@over_dtypes
-def test_linear(dtype):
-    inputs = [randn(2, 9, 24, dtype=dtype), randn(40, 24, dtype=dtype, scale=0.2)]
-    grads = [randn(2, 9, 40, dtype=dtype)]
-    assert_accurate(linear_squared_relu, linear_squared_relu_ref, inputs, grads)
-
-
 def test_repeats_bit_for_bit():
     assert_repeats(squared_relu, [randn(33, 70, dtype=torch.bfloat16)])
 
 
 def test_compiles():
-    assert_compiles(linear_squared_relu, [randn(2, 9, 24), randn(40, 24)])
+    assert_compiles(squared_relu, [randn(2, 9, 24)])
 
 
 def test_opcheck():

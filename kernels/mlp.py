@@ -1,0 +1,159 @@
+"""The MLP of a block, one operator: a product, squared ReLU, a product.
+
+    u = x W1^T    h = max(u, 0)^2    y = h W2^T
+    du = (dy W2) 2 sqrt(h)    dx = du W1    dW1 = du^T x    dW2 = dy^T h
+
+x (..., C), W1 (F, C), W2 (C, F), all of one dtype. Kept for backward: x and h, not u. On Hopper the
+activation and its derivative are in the epilogues of the products before them
+(kernels/squared_relu_product.py); elsewhere, and for few rows, they are kernels of their own behind
+cuBLAS's products (kernels/squared_relu.py). The other four products are always cuBLAS's.
+
+FLOPs: 12 M C F, of which 4 M C F forward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.launch import as_rows, check_tensors
+from kernels.squared_relu import squared_relu, squared_relu_bwd, squared_relu_ref
+from kernels.squared_relu_product import ALIGNMENT, squared_relu_product
+
+# With fewer rows there are not enough tiles to go round many times.
+_LEAST_ROWS = 4096
+
+
+def squared_relu_mlp_ref(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> Tensor:
+    """`squared_relu_mlp` in plain PyTorch."""
+    return F.linear(squared_relu_ref(F.linear(x, fc_weight)), proj_weight)
+
+
+def _in_epilogue(a: Tensor, b: Tensor) -> bool:
+    """Whether a product of a (M, K) with the matrix b is the kernel's that ends in the activation:
+    on GPUs of compute capability 9.x, where that was measured to be faster."""
+    return (
+        a.is_cuda
+        and a.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(a.device)[0] == 9
+        and len(a) >= _LEAST_ROWS
+        and all(size % ALIGNMENT == 0 for size in b.shape)
+    )
+
+
+@torch.library.custom_op("gptfast::linear_squared_relu", mutates_args=())
+def _linear_squared_relu(x: Tensor, weight: Tensor) -> Tensor:
+    if _in_epilogue(x, weight):
+        return squared_relu_product(x, weight.contiguous(), None)
+    return squared_relu(x @ weight.t())
+
+
+@_linear_squared_relu.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("gptfast::squared_relu_dgrad", mutates_args=())
+def _squared_relu_dgrad(dy: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+    if _in_epilogue(dy, weight):
+        return squared_relu_product(dy.contiguous(), weight.contiguous(), h)
+    return squared_relu_bwd(dy @ weight, h)
+
+
+@_squared_relu_dgrad.register_fake
+def _(dy, weight, h):
+    return torch.empty_like(h)
+
+
+@torch.library.custom_op("gptfast::squared_relu_mlp", mutates_args=())
+def _mlp(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> tuple[Tensor, Tensor]:
+    h = _linear_squared_relu(x, fc_weight)
+    return h @ proj_weight.t(), h
+
+
+@_mlp.register_fake
+def _(x, fc_weight, proj_weight):
+    return x.new_empty(len(x), len(proj_weight)), x.new_empty(len(x), len(fc_weight))
+
+
+@torch.library.custom_op("gptfast::squared_relu_mlp_bwd", mutates_args=())
+def _mlp_bwd(dy: Tensor, proj_weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    # In this order: when a block's backward begins, the reduction of the gradients of the block
+    # behind it is about to start, and takes multiprocessors from the second kernel. cuBLAS's
+    # persistent product then waits for the reduction's end, with a fixed share of tiles for each
+    # multiprocessor; kernels of many short programs lose no more than those multiprocessors.
+    dproj_weight = dy.t() @ h
+    return _squared_relu_dgrad(dy, proj_weight, h), dproj_weight
+
+
+@_mlp_bwd.register_fake
+def _(dy, proj_weight, h):
+    return torch.empty_like(h), torch.empty_like(proj_weight)
+
+
+@register_flop_formula(torch.ops.gptfast.linear_squared_relu)
+def _(x, weight, **_) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.gptfast.squared_relu_dgrad)
+def _(dy, weight, h, **_) -> int:
+    return 2 * dy[0] * dy[1] * weight[1]
+
+
+@register_flop_formula(torch.ops.gptfast.squared_relu_mlp)
+def _(x, fc_weight, proj_weight, **_) -> int:
+    return 2 * x[0] * (fc_weight[0] * fc_weight[1] + proj_weight[0] * proj_weight[1])
+
+
+@register_flop_formula(torch.ops.gptfast.squared_relu_mlp_bwd)
+def _(dy, proj_weight, h, **_) -> int:
+    return 4 * dy[0] * dy[1] * proj_weight[1]
+
+
+def _setup_context(ctx, inputs, output):
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, h)
+
+
+def _backward(ctx, dy, _dh):
+    if dy is None:
+        return None, None, None
+    x, fc_weight, proj_weight, h = ctx.saved_tensors
+    needs_x, needs_fc, needs_proj = ctx.needs_input_grad
+    du, dproj_weight = _mlp_bwd(dy, proj_weight, h)
+    return (
+        du @ fc_weight if needs_x else None,
+        du.t() @ x if needs_fc else None,
+        dproj_weight if needs_proj else None,
+    )
+
+
+_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def squared_relu_mlp(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> Tensor:
+    """max(x fc_weight^T, 0)^2 proj_weight^T.
+
+    x (..., C), fc_weight (F, C), proj_weight (C', F), all bf16, all fp16 or all fp32 -> (..., C').
+    ValueError for what it does not take.
+    """
+    op = "squared_relu_mlp"
+    check_tensors(op, x=x, fc_weight=fc_weight, proj_weight=proj_weight)
+    dtypes = [t.dtype for t in (x, fc_weight, proj_weight)]
+    if len({*dtypes}) > 1:
+        raise ValueError(f"{op}: x and weights are {dtypes}; it takes one dtype")
+    if (
+        fc_weight.ndim != 2
+        or proj_weight.ndim != 2
+        or fc_weight.shape[1] != x.shape[-1]
+        or proj_weight.shape[1] != fc_weight.shape[0]
+    ):
+        raise ValueError(
+            f"{op}: x is {tuple(x.shape)}, weights {tuple(fc_weight.shape)} and "
+            f"{tuple(proj_weight.shape)}; it takes (..., C), (F, C) and (C', F)"
+        )
+    y, _ = _mlp(as_rows(op, "x", x), fc_weight, proj_weight)
+    return y.view(*x.shape[:-1], len(proj_weight))

@@ -1,0 +1,148 @@
+"""The MLP as one operator, and the products that end in its activation."""
+
+import pytest
+import torch
+
+from kernels import mlp
+from kernels.launch import INTERPRETED, upcast
+from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
+from kernels.squared_relu import squared_relu_ref
+from kernels.squared_relu_product import CONFIG, squared_relu_product
+from tests.operators import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    assert_compiles,
+    assert_repeats,
+    dtype_id,
+    randn,
+)
+
+# M, C, F: less than a tile; a tile and a bit of each; more tiles than programs.
+SHAPES = [(3, 8, 16), (130, 72, 264), (257, 64, 520)]
+TRAINED = [(65536, 1280, 5120), (4097, 2048, 8192)]
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+over_halves = pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+COPY_ENGINE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+on_hopper = pytest.mark.skipif(
+    not (INTERPRETED or COPY_ENGINE),
+    reason="needs Triton's interpreter, or a GPU with a copy engine",
+)
+
+
+def operands(m: int, c: int, f: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    scales = {(m, c): 1.0, (f, c): c**-0.5, (c, f): f**-0.5}
+    return [randn(*shape, dtype=dtype, scale=scale) for shape, scale in scales.items()]
+
+
+def forward_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return squared_relu_ref(x @ weight.t())
+
+
+def gated_ref(dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    return (upcast(dy @ weight) * (2 * upcast(h).sqrt())).to(h.dtype)
+
+
+def assert_exact(found: torch.Tensor, ref, inputs: list[torch.Tensor]) -> None:
+    """The error rule of the tests, for a function without a gradient."""
+    torchs, exact = (ref(*(t.to(dtype) for t in inputs)) for dtype in (found.dtype, torch.float64))
+    allowed = 2 * (torchs - exact).abs().max() + torch.finfo(found.dtype).eps * exact.abs().max()
+    assert (found.shape, found.dtype) == (exact.shape, inputs[0].dtype)
+    assert (found - exact).abs().max() <= allowed
+
+
+@on_hopper
+@over_halves
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_the_activation_in_the_epilogue(shape, dtype):
+    x, fc, proj = operands(*shape, dtype)
+    h = squared_relu_product(x, fc, None)
+    assert_exact(h, forward_ref, [x, fc])
+    dy = randn(*x.shape, dtype=dtype)
+    assert_exact(squared_relu_product(dy, proj, h), gated_ref, [dy, proj, h])
+
+
+@on_hopper
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("tile", [(64, 128), (128, 64)], ids=str)
+def test_product_does_not_depend_on_the_tiles(tile, parts):
+    x, weight, _ = operands(150, 40, 136, torch.bfloat16)
+    config = {**CONFIG, "BLOCK_M": tile[0], "BLOCK_N": tile[1], "GROUP_M": 2, "PARTS": parts}
+    expected = squared_relu_product(x, weight, None)
+    torch.testing.assert_close(squared_relu_product(x, weight, None, config), expected)
+
+
+@over_dtypes
+def test_accurate(dtype):
+    inputs = operands(18, 24, 40, dtype)
+    inputs[0] = inputs[0].view(2, 9, 24)
+    assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
+
+
+@on_hopper
+def test_accurate_with_the_activation_in_the_epilogue(monkeypatch):
+    monkeypatch.setattr(mlp, "_in_epilogue", lambda a, b: True)
+    for m in (0, 3, 130):
+        inputs = operands(m, 24, 40, torch.bfloat16)
+        assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
+
+
+def test_nan_stays():
+    x, fc, proj = operands(4, 16, 24, torch.bfloat16)
+    x[1, 3] = float("nan")
+    y = squared_relu_mlp(x, fc, proj)
+    assert y[1].isnan().all()
+    assert not y[[0, 2, 3]].isnan().any()
+
+
+def test_only_the_gradients_that_are_needed():
+    x, fc, proj = operands(9, 24, 40, torch.float32)
+    whole = [t.clone().requires_grad_() for t in (x, fc, proj)]
+    squared_relu_mlp(*whole).sum().backward()
+    for i in range(3):
+        alone = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, fc, proj))]
+        squared_relu_mlp(*alone).sum().backward()
+        torch.testing.assert_close(alone[i].grad, whole[i].grad)
+        assert [t.grad is None for t in alone] == [i != j for j in range(3)]
+
+
+def test_repeats_bit_for_bit():
+    assert_repeats(squared_relu_mlp, operands(33, 16, 40, torch.bfloat16))
+
+
+def test_compiles():
+    assert_compiles(squared_relu_mlp, operands(9, 24, 40, torch.float32))
+
+
+def test_opcheck():
+    x, fc, proj = operands(4, 16, 24, torch.float32)
+    leaves = tuple(t.requires_grad_() for t in (x, fc, proj))
+    torch.library.opcheck(torch.ops.gptfast.squared_relu_mlp.default, leaves)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("x", "fc", "proj", "message"),
+    [
+        (zeros(4, 16).float(), zeros(8, 16), zeros(16, 8), "it takes one dtype"),
+        (zeros(4, 16), zeros(8, 24), zeros(16, 8), r"weights \(8, 24\) and \(16, 8\)"),
+        (zeros(4, 16), zeros(8, 16), zeros(16, 9), r"it takes \(..., C\), \(F, C\)"),
+        (zeros(16, 4).t(), zeros(8, 16), zeros(16, 8), r"has strides \(1, 4\)"),
+    ],
+)
+def test_refuses(x, fc, proj, message):
+    with pytest.raises(ValueError, match=message):
+        squared_relu_mlp(x, fc, proj)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", TRAINED, ids=str)
+def test_accurate_at_trained_shapes(shape):
+    inputs = operands(*shape, torch.bfloat16)
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert mlp._in_epilogue(inputs[0], inputs[1])
+    assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
