@@ -133,6 +133,18 @@ def gradients(results: tuple[Tensor, ...], buffers: Buffers) -> tuple[Tensor, ..
     return torch.autograd.grad(results, buffers.leaves, buffers.grads)
 
 
+def again_and_again(call: Any, direction: str, buffers: Buffers) -> Callable[[], Any] | None:
+    """A pass over one set that can be repeated, without what comes before the clock; None if each
+    needs a preparation of its own."""
+    if isinstance(call, Stages):
+        return None
+    if direction != BACKWARD:
+        run = stages(call, direction).run
+        return lambda: run(buffers)
+    results = outputs(call, buffers)
+    return lambda: torch.autograd.grad(results, buffers.leaves, buffers.grads, retain_graph=True)
+
+
 def stages(call: Any, direction: str, clobbers: bool = False) -> Stages:
     """One direction of a call, over Buffers: what comes before the clock, and what it times.
 

@@ -1,6 +1,7 @@
 """Correct before timed: every provider of a case against an fp32 reference."""
 
 import inspect
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Buffers, Case, gradients, outputs
-from bench.providers import EAGER, OURS, missing
+from bench.providers import DISTRIBUTIONS, EAGER, OURS, installed, missing
 
 # At most this many times the error of PyTorch's own bf16 maths: for ours the rule of the tests; a
 # rival may be less exact, which its row shows, but has to compute the same thing.
@@ -55,6 +56,10 @@ class Check:
     errors: provider -> tensor -> error
     notes: provider -> why there is nothing to time
     failures: provider -> what went wrong, for the provider's own test to raise
+
+    Of a package that is a guest here, an operator that cannot be imported, built or called is not a
+    failure: its versions and those of what it stands on are its users' affair. Its row says why.
+    One that computes something else fails, as that may well be our call of it.
     """
 
     def __init__(self, case: Case, names: Iterable[str]):
@@ -79,20 +84,27 @@ class Check:
         except Exception as problem:
             if provider == OURS:
                 raise
-            self.calls.pop(provider, None)
+            said = f"{type(problem).__name__}: {problem}"
             if isinstance(problem, torch.OutOfMemoryError):
-                self.notes[provider] = "out of memory"
+                self._drop(provider, "out of memory", problem)
+            elif provider in DISTRIBUTIONS:
+                package = DISTRIBUTIONS[provider]
+                reason = f"not available: {package} {installed(package)}: {said}"
+                self._drop(provider, reason, problem)
             else:
-                self._fail(provider, f"{type(problem).__name__}: {problem}", problem)
+                self._fail(provider, said, problem)
 
     def _fail(self, provider: str, note: str, problem: Exception) -> None:
-        self.calls.pop(provider, None)
         if provider == OURS:
             raise problem
+        self._drop(provider, note, problem)
+        self.failures[provider] = problem
+
+    def _drop(self, provider: str, note: str, problem: Exception) -> None:
+        self.calls.pop(provider, None)
         # The frames that it went through would keep their tensors.
         traceback.clear_frames(problem.__traceback__)
-        self.notes[provider] = note.splitlines()[0]
-        self.failures[provider] = problem
+        self.notes[provider] = textwrap.shorten(note, 200, placeholder=" ...")
 
     def _load(self, name: str) -> None:
         self.calls[name] = self.case.providers[name]()

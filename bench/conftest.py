@@ -4,15 +4,22 @@
     pytest bench/ --all-shapes --json now.json --chart now.png
     pytest bench/ --compare kept.json --max-loss 0.05  # fails on a loss to torch.compile
     pytest bench/test_rms_norm.py -k backward
+    pytest bench/test_chat_evaluation.py               # of minutes, so only by name
 
 Each test is one provider's pass of one operator. The first test of a group measures all of the
 group's providers, interleaved (bench/timing.py); each test then hands its provider's samples to
 pytest-benchmark, so that --benchmark-json, --benchmark-verbose and the like work as they do
 everywhere. Without a GPU nothing is timed: ours and eager are compared with the reference on tiny
 shapes, and the ahead-of-time table is shown.
+
+A rival's package that is missing is skipped, or fails the session with --require-rivals. One
+operator of an installed package that cannot be imported or built here is a row that says why, with
+the package's version, and no failure: QuACK 0.6.5's linear cross-entropy, say, cannot be imported
+beside nvidia-cutlass-dsl 4.8.1, which satisfies its requirements.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,12 +31,22 @@ from bench.case import Case, Size, sizes
 from bench.marks import SIZE as MARKED_SIZE
 from bench.marks import marks
 from bench.providers import DISTRIBUTIONS, EAGER, OURS, missing
-from bench.report import chart, compare, environment, read_json, table, write_json
-from bench.suite import Suite
-from bench.timing import Samples, gpu_here
+from bench.report import (
+    agreement,
+    chart,
+    compare,
+    environment,
+    read_json,
+    table,
+    write_json,
+)
+from bench.suite import Result, Suite
+from bench.timing import LOAD_MS, Samples, gpu_here
 
 SUITE = pytest.StashKey[Suite]()
 LINES = pytest.StashKey[list[str]]()
+# Minutes long: the selection without arguments is to end within six on one H200.
+ONLY_BY_NAME = ("test_chat_evaluation.py",)
 NO_GPU = (
     "No CUDA GPU here, so nothing is timed: ours and eager were compared with the reference at "
     "tiny shapes, and this is what the kernels compile to (`python -m bench.aot` makes it anew)."
@@ -40,7 +57,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "kernels against their rivals")
     group.addoption("--all-shapes", action="store_true", help="d12, d26 and d32 besides d20")
     group.addoption(
-        "--require-rivals", action="store_true", help="fail if liger-kernel or QuACK is missing"
+        "--require-rivals",
+        action="store_true",
+        help="fail if liger-kernel or QuACK is not installed",
+    )
+    group.addoption(
+        "--load-ms",
+        type=float,
+        default=LOAD_MS,
+        metavar="MS",
+        help="how long products go on before each sample (%(default)g); 0 times a rested card",
+    )
+    group.addoption(
+        "--no-do-bench",
+        action="store_true",
+        help="do not time ours with triton.testing.do_bench as well",
     )
     group.addoption("--json", type=Path, metavar="FILE", help="write everything measured")
     group.addoption("--chart", type=Path, metavar="FILE", help="write a PNG: ours by each rival")
@@ -56,15 +87,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """One process: the tests' `-n 2` (pyproject.toml) would share the GPU."""
+    """One process: the tests' `-n 3` (pyproject.toml) would share the GPU."""
     if config.pluginmanager.hasplugin("xdist"):
         config.option.numprocesses = 0
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    name = collection_path.name
+    named = {Path(argument.partition("::")[0]).name for argument in config.args}
+    return True if name in ONLY_BY_NAME and name not in named else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The tests make errors of warnings; here rivals and compilers are guests and may warn.
     config.addinivalue_line("filterwarnings", "default")
-    config.stash[SUITE] = suite = Suite(gpu_here())
+    option = config.option
+    config.stash[SUITE] = suite = Suite(gpu_here(), option.load_ms, not option.no_do_bench)
     # Our table says the same and more; --benchmark-verbose shows pytest-benchmark's too.
     config.option.benchmark_quiet = True
     absent = [reason for provider in DISTRIBUTIONS if (reason := missing(provider))]
@@ -112,9 +150,13 @@ class Replay:
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest):
+def suite(request: pytest.FixtureRequest) -> Suite:
+    return request.config.stash[SUITE]
+
+
+@pytest.fixture
+def bench(suite: Suite, hand_over: Callable[[Result], None]):
     """bench(case, size, direction, provider): checks; on a GPU measures and hands the result on."""
-    suite = request.config.stash[SUITE]
 
     def run(case: Case, size: Size, direction: str, provider: str) -> None:
         if suite.gpu is None:
@@ -122,7 +164,16 @@ def bench(request: pytest.FixtureRequest):
                 pytest.skip("needs a CUDA GPU")
             suite.check(case, size)
             return
-        result = suite.group(case, size, direction)[provider]
+        hand_over(suite.group(case, size, direction)[provider])
+
+    return run
+
+
+@pytest.fixture
+def hand_over(request: pytest.FixtureRequest):
+    """hand_over(result): one provider's samples to pytest-benchmark, or why there are none."""
+
+    def run(result: Result) -> None:
         if result.failure is not None:
             raise result.failure
         if result.samples is None:
@@ -150,11 +201,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         f"{gpu}, measured in this session: {suite.ceilings}",
         *table(suite.rows),
         "",
+        *agreement(suite.rows),
+        "",
         f"Marks, at {MARKED_SIZE}:",
         *map(str, found),
     ]
     if option.json is not None:
-        more = {"ceilings": asdict(suite.ceilings), "marks": [asdict(mark) for mark in found]}
+        more = {
+            "load_ms": suite.load_ms,
+            "ceilings": asdict(suite.ceilings),
+            "marks": [asdict(mark) for mark in found],
+        }
         write_json(option.json, suite.rows, **environment(gpu), **more)
         lines.append(f"written: {option.json}")
     if option.chart is not None:

@@ -15,6 +15,7 @@ EAGER = "eager"
 COMPILE = "compile"
 # PyTorch's own fused operator, where it has one.
 TORCH = "torch"
+# A kernel of ours that the model does not use, as long as it is not faster.
 
 # Provider -> the distribution that it takes, for those that do not come with torch.
 DISTRIBUTIONS = {"liger": "liger-kernel", "quack": "quack-kernels"}

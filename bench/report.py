@@ -16,7 +16,7 @@ from bench.providers import COMPILE, DISTRIBUTIONS, OURS, RIVALS, installed
 VERSIONED = ("torch", "triton", *DISTRIBUTIONS.values(), "nvidia-cutlass-dsl", "pytest-benchmark")
 COLUMNS = (
     f"{'provider':<12}{'ms':>10}{'p20':>10}{'p80':>10}{'rate':>14}{'of ceiling':>12}"
-    f"{'peak GiB':>10}{'error ratio':>13}{'by ours':>9}"
+    f"{'SM GHz':>8}{'peak GiB':>10}{'error ratio':>13}{'by ours':>9}"
 )
 
 
@@ -42,7 +42,11 @@ class Row:
     error_ratio: float | None = None
     """The worst output's or gradient's error against fp32, by that of PyTorch's bf16."""
     errors: Mapping[str, float] = field(default_factory=dict)
+    sm_ghz: float | None = None
+    """Clock of the multiprocessors right behind the calls, the median."""
     do_bench_ms: float | None = None
+    """The median by triton.testing.do_bench; do_bench_ghz is the clock right behind that."""
+    do_bench_ghz: float | None = None
     note: str = ""
 
     @property
@@ -76,8 +80,34 @@ def _line(row: Row, ours: float | None) -> str:
     note = f"  {row.note}" if row.note else ""
     return (
         f"{row.provider:<12}{row.ms:>10.4f}{row.p20:>10.4f}{row.p80:>10.4f}{rate:>14}"
-        f"{row.of_ceiling:>12.1%}{row.peak_gib:>10.2f}{ratio:>13}{by_ours:>9}{note}"
+        f"{row.of_ceiling:>12.1%}{row.sm_ghz:>8.2f}{row.peak_gib:>10.2f}{ratio:>13}{by_ours:>9}"
+        f"{note}"
     )
+
+
+def agreement(rows: Iterable[Row]) -> list[str]:
+    """Lines: ours beside triton.testing.do_bench, and what of their difference is the clock's."""
+    lines = [
+        "Ours beside triton.testing.do_bench, and the SM clock right behind each. A product's time "
+        "goes with the clock:",
+        "the last column takes that out. What stays is do_bench's way: one call at a time, its "
+        "start and end alone",
+        "between two events, on the same buffers, behind a write over the L2.",
+        f"{'':<48}{'ours ms':>10}{'GHz':>6}{'do_bench ms':>13}{'GHz':>6}{'difference':>12}"
+        f"{'at one clock':>14}",
+    ]
+    header = len(lines)
+    for row in rows:
+        if row.do_bench_ms is None:
+            continue
+        apart = row.ms / row.do_bench_ms - 1
+        at_one_clock = (row.ms * row.sm_ghz) / (row.do_bench_ms * row.do_bench_ghz) - 1
+        clocked = f"{at_one_clock:+.1%}" if row.gb_per_s is None else "-"
+        lines.append(
+            f"{' '.join(row.group):<48}{row.ms:>10.4f}{row.sm_ghz:>6.2f}{row.do_bench_ms:>13.4f}"
+            f"{row.do_bench_ghz:>6.2f}{apart:>+12.1%}{clocked:>14}"
+        )
+    return lines if len(lines) > header else []
 
 
 def environment(gpu: str) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 """Checks and measures, a case and a direction at a time, all its providers together."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import Any, NamedTuple
 
-from bench.case import BACKWARD, Buffers, Case, Size, stages
+from bench.case import BOTH, Buffers, Case, Size, again_and_again, stages
 from bench.check import Check
 from bench.providers import EAGER, OURS
 from bench.report import Row
-from bench.timing import Ceilings, Contender, Cost, Gpu, Samples, Stages, buffer_sets, interleave
+from bench.timing import LOAD_MS, Ceilings, Contender, Cost, Gpu, Samples, buffer_sets, interleave
 
 # How long the rounds of a group go on; ten are taken even if they last longer.
 SECONDS = 1.0
-# Ours is timed with triton.testing.do_bench too, where a call takes at least this long.
-LONG_MS = 1.0
+# Ours is timed with triton.testing.do_bench too, where a call takes at least this long: below, its
+# pair of events and the start and end of a single kernel are percents of what they enclose. Both
+# passes have autograd between them, half a millisecond of the host, which do_bench, a call at
+# a time, does not hide (0.32 ms of kernels were 0.56 there).
+LONG_MS, LONG_BOTH_MS = 0.3, 2.0
 
 
 class Result(NamedTuple):
@@ -25,10 +30,15 @@ class Result(NamedTuple):
 
 
 class Suite:
-    """Keeps every result. Without a GPU it can only check, ours and eager."""
+    """Keeps every result. Without a GPU it can only check, ours and eager.
 
-    def __init__(self, gpu: Gpu | None) -> None:
+    load_ms: how long products go on before each sample; do_bench: whether that method is asked too.
+    """
+
+    def __init__(self, gpu: Gpu | None, load_ms: float = LOAD_MS, do_bench: bool = True) -> None:
         self.gpu = gpu
+        self.load_ms = load_ms
+        self.do_bench = do_bench
         self.ceilings: Ceilings | None = None
         self._groups: dict[tuple[str, str, str], dict[str, Result]] = {}
         self._checked: tuple[tuple[str, str], Check] | None = None
@@ -51,11 +61,18 @@ class Suite:
     def group(self, case: Case, size: Size, direction: str) -> dict[str, Result]:
         """Of all providers, measured when the first of them is asked for."""
         key = (case.name, size.name, direction)
+        return self.once(key, lambda: self._measure(case, size, direction))
+
+    def once(
+        self, key: tuple[str, str, str], measure: Callable[[], dict[str, Result]]
+    ) -> dict[str, Result]:
+        """The results of a group, case, size and direction; `measure` is called the first time."""
         if key not in self._groups:
             if self.ceilings is None:
-                self.ceilings = self.gpu.ceilings()
+                self.ceilings = self.gpu.ceilings(self.load_ms)
                 self._release()
-            self._groups[key] = self._measure(case, size, direction)
+            self._groups[key] = measure()
+            gc.collect()
             self._release()
         return self._groups[key]
 
@@ -67,13 +84,15 @@ class Suite:
         check, cost = self.check(case, size), case.cost[direction]
         count = buffer_sets(cost.bytes, self.gpu.l2_bytes)
         sets = [Buffers.of(case, check.calls[OURS]) for _ in range(count)]
+        # What moves memory stays below the card's power limit, and needs no load.
+        load_ms = self.load_ms if cost.flops else 0.0
         contenders: dict[str, Contender] = {}
         peaks: dict[str, int] = {}
 
         def enter(name: str, call: Any) -> None:
             # The first stretch allocates: who does not fit is out before the rounds begin.
             clobbers = name in case.clobbering
-            contender = Contender(self.gpu, stages(call, direction, clobbers), sets)
+            contender = Contender(self.gpu, stages(call, direction, clobbers), sets, load_ms)
             contender.sample()
             peak = self.gpu.peak_bytes(contender.stages, sets[0])
             # The arguments count too; those of who clobbers were copied, and are in already.
@@ -83,7 +102,11 @@ class Suite:
         for name, call in {**check.calls, **case.floors}.items():
             check.attempt(name, enter, name, call)
             self._release()
-        samples = interleave({n: c.sample for n, c in contenders.items()}, seconds=SECONDS)
+        samples = interleave(
+            {name: contender.sample for name, contender in contenders.items()},
+            seconds=SECONDS,
+            warm_up=1 if load_ms else 3,
+        )
 
         results = {}
         for name in (*case.providers, *case.floors):
@@ -95,6 +118,7 @@ class Suite:
             row = replace(
                 row,
                 **speed(samples[name], cost, self.ceilings),
+                sm_ghz=median(contenders[name].ghz),
                 peak_gib=peaks[name] / 2**30,
                 error_ratio=check.ratio(name),
                 errors=check.errors.get(name, {}),
@@ -106,11 +130,15 @@ class Suite:
         return results
 
     def _cross_checked(self, row: Row, call: Any, buffers: Buffers) -> Row:
-        """With do_bench's median, if the call is long and nothing has to come before it."""
-        if row.ms < LONG_MS or row.direction == BACKWARD or isinstance(call, Stages):
+        """With do_bench's median, if that is asked for, the call long and to be had by itself."""
+        long = LONG_BOTH_MS if row.direction == BOTH else LONG_MS
+        if not self.do_bench or row.ms < long:
             return row
-        run = stages(call, row.direction).run
-        return replace(row, do_bench_ms=self.gpu.do_bench(lambda: run(buffers), row.ms))
+        run = again_and_again(call, row.direction, buffers)
+        if run is None:
+            return row
+        ms, ghz = self.gpu.do_bench(run, row.ms)
+        return replace(row, do_bench_ms=ms, do_bench_ghz=ghz)
 
 
 def speed(samples: Samples, cost: Cost, ceilings: Ceilings) -> dict[str, float | None]:

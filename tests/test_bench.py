@@ -1,20 +1,17 @@
-"""The rules and reports of `pytest bench/`; tests/test_bench_sessions.py runs whole sessions.
+"""How `pytest bench/` checks and times; tests/test_bench_reports.py: what it reports.
 
 What needs a GPU is one class, bench.timing.Gpu; all else runs here.
 """
 
 from dataclasses import replace
-from itertools import count
+from itertools import count, permutations
 
 import pytest
 import torch
 
 from bench import test_cross_entropy, test_newton_schulz, test_qk_norm, test_rms_norm
-from bench.case import BACKWARD, BOTH, FORWARD, Buffers, Case, sizes, stages
+from bench.case import BACKWARD, BOTH, FORWARD, Buffers, Case, again_and_again, sizes, stages
 from bench.check import Check, error_ratio
-from bench.conftest import refuse_other_gpu
-from bench.marks import marks
-from bench.report import Row, chart, compare, read_json, table, timed, write_json
 from bench.suite import speed
 from bench.timing import (
     HEAD_START,
@@ -28,6 +25,7 @@ from bench.timing import (
     buffer_sets,
     interleave,
 )
+from kernels.cross_entropy import CHUNKS, chunk_rows
 
 D20 = sizes(on_gpu=True, every=False)[0]
 H200 = Ceilings(copy=4.0e12, product=7.0e14, special_functions=4.0e12)
@@ -54,7 +52,8 @@ def test_least_work_at_d20():
     loss = test_cross_entropy.case("linear_cross_entropy", D20, 15.0)
     assert loss.cost[BOTH].flops == 6 * 65536 * 65536 * 1280
     logits = test_cross_entropy.logits_case(D20).cost[FORWARD]
-    assert logits == Cost(bytes=4 * 8192 * 65536, special_functions=4.5 * 8192 * 65536)
+    rows = chunk_rows(65536, CHUNKS)
+    assert logits == Cost(bytes=4 * rows * 65536, special_functions=4.5 * rows * 65536)
     norm = test_rms_norm.case("add_rms_norm", D20).cost
     assert norm[BOTH].bytes == norm[FORWARD].bytes + norm[BACKWARD].bytes == 8 * 65536 * 1280 * 2
 
@@ -73,7 +72,7 @@ def test_roofline_is_the_slowest_of_three():
     assert H200.seconds(Cost(bytes=8e9, special_functions=1e10)) == pytest.approx(2.5e-3)
 
 
-def test_interleave_turns_and_drops_the_warm_up():
+def test_interleave_draws_its_order_and_drops_the_warm_up():
     order = []
     ticks = count()
 
@@ -83,12 +82,15 @@ def test_interleave_turns_and_drops_the_warm_up():
     samples = interleave(
         {name: contender(name) for name in "abc"},
         seconds=0.0,
-        least=2,
+        least=40,
         warm_up=1,
         clock=lambda: float(next(ticks)),
     )
-    assert "".join(order) == "abc" + "bca" + "cab"
-    assert samples["a"].ms == (6.0, 8.0)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 41
+    # Each once a round, and none always behind the same one.
+    assert set(rounds) == set(map("".join, permutations("abc")))
+    assert samples["a"].ms == tuple(3.0 * i + r.index("a") + 1 for i, r in enumerate(rounds))[1:]
 
 
 def test_interleave_stops_at_its_time_or_its_most_rounds():
@@ -104,30 +106,40 @@ def test_interleave_stops_at_its_time_or_its_most_rounds():
 
 
 class FakeGpu:
-    """Its host is done queueing once the head start is long enough."""
+    """A call takes 3 ms; the host is done queueing once the head start is long enough."""
 
     def __init__(self, enough):
         self.enough = enough
-        self.head_starts = []
+        self.stretches = []
 
-    def stretch(self, stages, sets, head_start):
-        self.head_starts.append(head_start)
-        return Stretch(1.0, head_start >= self.enough)
+    def stretch(self, stages, sets, load, head_start):
+        self.stretches.append((load, head_start))
+        return Stretch(3.0, load > 0 or head_start >= self.enough, 1.5)
 
 
 def test_head_start_grows_until_the_host_is_ahead():
     gpu = FakeGpu(enough=3 * HEAD_START)
     contender = Contender(gpu, Stages(None, None), [])
-    assert [contender.sample(), contender.sample()] == [1.0, 1.0]
-    assert gpu.head_starts == [HEAD_START, 2 * HEAD_START, 4 * HEAD_START, 4 * HEAD_START]
+    assert [contender.sample(), contender.sample()] == [3.0, 3.0]
+    starts = [0, HEAD_START, 2 * HEAD_START, 4 * HEAD_START, 4 * HEAD_START]
+    assert gpu.stretches == [(0, start) for start in starts]
     assert not contender.waits_for_gpu
+    assert contender.ghz == [1.5, 1.5]
+
+
+def test_load_goes_on_for_its_time_and_is_the_head_start():
+    gpu = FakeGpu(enough=HEAD_START)
+    contender = Contender(gpu, Stages(None, None), [], load_ms=100.0)
+    for _ in range(3):
+        contender.sample()
+    assert gpu.stretches == [(0, 0), (0, HEAD_START), (34, 0), (34, 0)]
 
 
 def test_call_that_waits_for_the_gpu_is_timed_as_it_is():
     gpu = FakeGpu(enough=float("inf"))
     contender = Contender(gpu, Stages(None, None), [])
-    assert contender.sample() == 1.0
-    assert gpu.head_starts[-2:] == [LONGEST_HEAD_START, 0]
+    assert contender.sample() == 3.0
+    assert gpu.stretches[-2:] == [(0, LONGEST_HEAD_START), (0, 0)]
     assert contender.waits_for_gpu
 
 
@@ -168,16 +180,20 @@ def run_out_of_memory(x):
     raise torch.OutOfMemoryError
 
 
-def test_only_rivals_that_are_right_are_timed():
+@pytest.fixture
+def all_installed(monkeypatch):
+    monkeypatch.setattr("bench.check.missing", lambda provider: None)
+    monkeypatch.setattr("bench.check.installed", lambda distribution: "1.2.3")
+
+
+def test_only_rivals_that_are_right_are_timed(all_installed):
     rivals = {
         "compile": lambda x: x * 2.0 + 1.0,
         "liger": double,
         "quack": run_out_of_memory,
         "torch": lambda x: x.shapes,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.check.missing", lambda provider: None)
-        check = Check(case_of(ours=double, eager=double, **rivals), ["ours", "eager", *rivals])
+    check = Check(case_of(ours=double, eager=double, **rivals), ["ours", "eager", *rivals])
     assert set(check.calls) == {"ours", "eager", "liger"}
     assert check.ratio("liger") == 1.0
     assert check.notes["quack"] == "out of memory"
@@ -188,6 +204,34 @@ def test_only_rivals_that_are_right_are_timed():
         "compile": AssertionError,
         "torch": AttributeError,
     }
+
+
+def fails_to_build():
+    raise TypeError("epilogue fn depends on a ContextVar\nof which there is no key")
+
+
+def fails_when_called(x):
+    raise ImportError("no cutlass")
+
+
+def test_an_operator_of_a_guest_that_does_not_run_says_why_and_fails_nothing(all_installed):
+    case = case_of(ours=double, eager=double, liger=fails_when_called)
+    case = replace(case, providers={**case.providers, "quack": fails_to_build})
+    check = Check(case, case.providers)
+    assert set(check.calls) == {"ours", "eager"}
+    assert check.notes == {
+        "liger": "not available: liger-kernel 1.2.3: ImportError: no cutlass",
+        "quack": "not available: quack-kernels 1.2.3: TypeError: epilogue fn depends on a "
+        "ContextVar of which there is no key",
+    }
+    assert check.failures == {}
+
+
+def test_a_guest_that_computes_something_else_fails(all_installed):
+    check = Check(
+        case_of(ours=double, eager=double, quack=lambda x: x * 3.0), ["ours", "eager", "quack"]
+    )
+    assert isinstance(check.failures["quack"], AssertionError)
 
 
 def test_a_rival_that_is_not_installed_says_so():
@@ -225,6 +269,17 @@ def test_stages_time_what_they_say():
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD, BOTH])
+def test_passes_that_do_bench_repeats(direction):
+    buffers = Buffers((torch.tensor([3.0], requires_grad=True),), (torch.tensor([10.0]),))
+    run = again_and_again(torch.square, direction, buffers)
+    for _ in range(2):
+        result = run()
+        [value] = result[0] if direction == FORWARD else result
+        assert value.item() == (9.0 if direction == FORWARD else 60.0)
+    assert again_and_again(Stages(None, None), direction, buffers) is None
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD, BOTH])
 def test_clobbering_calls_get_copies(direction):
     def call(x):
         with torch.no_grad():
@@ -248,148 +303,3 @@ def test_products_take_the_operators_own_operands():
     assert z.shape == (size.tokens, size.config.vocab_size)
     for product, gradient in zip((dx, dw), wanted, strict=True):
         torch.testing.assert_close(product, gradient, atol=2e-2, rtol=2e-2)
-
-
-def row(case, direction, provider, ms, size="d20", **more):
-    figures = {"p20": ms, "p80": ms, "of_ceiling": 0.9, "gb_per_s": 1000.0, "peak_gib": 1.0}
-    return Row(case, size, direction, provider, ms=ms, **{**figures, **more})
-
-
-def verdicts(rows, gpu="NVIDIA H200"):
-    return {mark.what.split(":")[0]: mark for mark in marks(rows, gpu)}
-
-
-def test_every_mark_is_open_before_it_is_measured():
-    found = marks([], "NVIDIA H200")
-    assert len(found) == 15
-    assert {(mark.met, mark.measured) for mark in found} == {(None, "not measured")}
-
-
-@pytest.mark.parametrize(
-    ("share", "ours", "rival_share", "rival", "met"),
-    [
-        (0.90, 1.00, 0.89, 1.01, True),
-        (0.90, 1.00, 0.91, 0.99, True),  # within 2 %
-        (0.90, 1.00, 0.93, 0.97, False),  # a rival 3 % faster
-        (0.87, 1.00, 0.80, 1.09, False),  # below 88 %
-        (0.88, 1.00, 0.84, 1.04, True),  # ahead where the best is below 85 %
-    ],
-)
-def test_mark_of_memory_bound_kernels(share, ours, rival_share, rival, met):
-    rows = [
-        row("rms_norm", FORWARD, "ours", ours, of_ceiling=share),
-        row("rms_norm", FORWARD, "eager", 3.0, of_ceiling=0.3),
-        row("rms_norm", FORWARD, "compile", rival, of_ceiling=rival_share),
-        Row("rms_norm", "d20", FORWARD, "quack", note="quack-kernels is not installed"),
-    ]
-    mark = next(mark for mark in marks(rows, "NVIDIA H200") if mark.what.startswith("rms_norm f"))
-    assert mark.met is met
-    assert "best rival compile" in mark.measured
-
-
-def test_marks_of_the_other_kernels():
-    rows = [
-        row("cross_entropy_logits", FORWARD, "ours", 0.7, of_ceiling=0.81),
-        row("rotary_qk_norm", BACKWARD, "ours", 0.37),
-        row("linear_cross_entropy", BOTH, "ours", 55.0, peak_gib=2.1, errors={"dweight": 0.004}),
-        row("linear_cross_entropy", BOTH, "eager", 99.0, errors={"dweight": 0.003}),
-        row("linear_cross_entropy", BOTH, "products", 50.0),
-        row("newton_schulz", FORWARD, "ours", 20.0, do_bench_ms=20.4),
-        row("newton_schulz", FORWARD, "eager", 26.0),
-    ]
-    lines = [str(mark) for mark in marks(rows, "NVIDIA H200") if mark.measured != "not measured"]
-    assert lines == [
-        "met     cross_entropy_logits: at least 80% of its own roofline -> 81.0%",
-        "NOT MET rotary_qk_norm backward, packed gradient and all: at most 0.36 ms -> 0.370 ms",
-        "met     linear_cross_entropy both: at most 1.12 x its three products' time -> "
-        "1.100 x (55.00 ms, products 50.00 ms)",
-        "met     linear_cross_entropy both: peak memory at most 3 GiB -> 2.10 GiB",
-        "met     newton_schulz: at least 1.2 x as fast as batched torch.bmm -> "
-        "1.300 x (20.00 ms, bmm 26.00 ms)",
-        "NOT MET linear_cross_entropy, 8 chunks: dweight no further from fp32 than unchunked "
-        "PyTorch -> 4.000e-03, PyTorch 3.000e-03",
-        "met     medians of long calls within 5% of triton.testing.do_bench -> "
-        "2.0% at most in 1 passes",
-    ]
-    elsewhere = marks(rows, "NVIDIA H100 80GB HBM3")
-    assert next(m for m in elsewhere if "packed" in m.what).met is None
-
-
-def kept_rows(ours=1.0, compiled=1.5):
-    return [
-        row("rms_norm", FORWARD, "ours", ours, error_ratio=1.01, errors={"y0": 0.002}),
-        row("rms_norm", FORWARD, "eager", 3.0, error_ratio=1.0),
-        row("rms_norm", FORWARD, "compile", compiled),
-        Row("rms_norm", "d20", FORWARD, "liger", note="liger-kernel is not installed"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("ours", "compiled", "failed"),
-    [
-        (1.0, 1.5, False),
-        (2.0, 3.0, False),  # a slower card: milliseconds do not count
-        (1.0, 1.44, False),  # 4 % lost
-        (1.1, 1.5, True),  # 9 % lost
-    ],
-)
-def test_compare_by_the_ratio_to_compile(ours, compiled, failed):
-    lines, lost = compare(kept_rows(ours, compiled), kept_rows(), max_loss=0.05)
-    assert lost is failed
-    assert lines[-1].startswith("1 passes compared")
-    assert ("rms_norm d20 forward: 1.500 x torch.compile before" in lines[0]) is failed
-
-
-def test_compare_with_nothing_in_common_fails():
-    lines, lost = compare(kept_rows(), [], max_loss=0.05)
-    assert lost
-    assert "nothing to compare" in lines[0]
-
-
-def test_json_comes_back(tmp_path):
-    file = tmp_path / "kept.json"
-    write_json(file, kept_rows(), gpu="NVIDIA H200")
-    assert read_json(file) == ("NVIDIA H200", kept_rows())
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="no JSON of `pytest bench/ --json`"):
-        read_json(file)
-
-
-def test_table_has_a_line_for_every_provider():
-    lines = table(
-        [
-            *kept_rows(),
-            row("newton_schulz", FORWARD, "ours", 20.0, gb_per_s=None, tflop_per_s=630.0),
-        ]
-    )
-    assert lines[1] == "rms_norm d20 forward"
-    assert lines[3].split() == [
-        *("ours", "1.0000", "1.0000", "1.0000", "1000", "GB/s"),
-        *("90.0%", "1.00", "1.01", "1.00"),
-    ]
-    assert lines[5].split()[-1] == "1.50"
-    assert lines[6].split(maxsplit=1) == ["liger", "liger-kernel is not installed"]
-    assert "630 TFLOP/s" in lines[-1]
-
-
-def test_timed_rows_of_a_group():
-    assert set(timed(kept_rows(), "rms_norm", "d20", FORWARD)) == {"ours", "eager", "compile"}
-    assert timed(kept_rows(), "rms_norm", "d12", FORWARD) == {}
-
-
-def test_chart_is_a_png(tmp_path):
-    chart(kept_rows(), tmp_path / "chart.png", "NVIDIA H200")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ('{"gpu": "NVIDIA B200", "rows": []}', "measured on NVIDIA B200, here is Fake H200"),
-        ('{"rows": []}', "is no JSON of `pytest bench/ --json`"),
-    ],
-)
-def test_compare_refuses_before_anything_is_measured(tmp_path, content, problem):
-    (tmp_path / "kept.json").write_text(content)
-    with pytest.raises(pytest.UsageError, match=problem):
-        refuse_other_gpu(tmp_path / "kept.json", "Fake H200")

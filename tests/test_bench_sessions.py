@@ -26,19 +26,19 @@ class Gpu:
     name = "Fake H200"
     l2_bytes = 1
 
-    def stretch(self, stages, sets, head_start):
+    def stretch(self, stages, sets, load, head_start):
         for buffers in sets:
             stages.run(stages.prepare(buffers))
-        return Stretch(2.0, True)
+        return Stretch(2.0, True, 1.5)
 
     def peak_bytes(self, stages, buffers):
         return 2**30
 
     def do_bench(self, call, ms):
         call()
-        return 1.0
+        return 1.0, 1.5
 
-    def ceilings(self):
+    def ceilings(self, load_ms):
         return Ceilings(copy=1e9, product=1e12, special_functions=1e9)
 
     def release(self):
@@ -95,6 +95,7 @@ def test_session_on_a_fake_gpu(tmp_path):
     assert "open    newton_schulz" in done.stdout
     assert "1.000 x (2.00 ms, products 2.00 ms)" in done.stdout
     assert "NOT MET medians of long calls" in done.stdout
+    assert "+100.0%" in done.stdout.split("Ours beside triton.testing.do_bench")[1]
     assert files["chart.png"].read_bytes().startswith(b"\x89PNG")
 
     now = json.loads(files["now.json"].read_text())
