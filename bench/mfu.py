@@ -1,0 +1,126 @@
+"""Where the time of a training step goes, down to the kernel, and what each part costs in MFU.
+
+    python -m bench.mfu                                            d20 on one GPU
+    torchrun --nproc_per_node=4 -m bench.mfu --sharding-cost       on four, and unsharded
+    python -m bench.mfu --depth 26 --device-batch-size 16 --kernels reference --no-compile
+    python -m bench.mfu --data my_texts/ --tokenizer my_tokenizer  real text, by the real loader
+    python -m bench.mfu compare before.json after.json             which rows a change comes from
+    python -m bench.mfu predict                                    8 to 1,024 GPUs, on paper
+
+Trains for 20 steps, times 20, profiles 3. Writes the ledger (--out mfu.json), its table and its
+waterfall beside it; a table and one line of figures go to the console.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from bench import mfu_predict
+from bench.mfu_step import MfuSettings, Session, preset
+from gptfast import hardware, parallel
+from gptfast.errors import UserError
+from gptfast.ledger import compare, read_json, write
+from gptfast.memory import GIB, estimate_memory, largest_device_batch
+from gptfast.model import GPTConfig
+from gptfast.run import exit_code
+from kernels.cross_entropy import CHUNKS
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    before: tyro.conf.Positional[Path]
+    """A ledger that `python -m bench.mfu` wrote."""
+    after: tyro.conf.Positional[Path]
+    """Another of the same step on the same kind of GPU."""
+    max_loss: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.02
+    """Exit with code 1 if the step got slower by more than this share."""
+
+
+def main() -> int:
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "compare":
+        settings = tyro.cli(CompareSettings, args=sys.argv[2:], prog="bench.mfu compare")
+        slower = False
+
+        def run() -> None:
+            nonlocal slower
+            lines, slower = compare(
+                read_json(settings.before), read_json(settings.after), settings.max_loss
+            )
+            print("\n".join(lines))
+
+        return exit_code(run) or int(slower)
+    if command == "predict":
+        settings = tyro.cli(
+            mfu_predict.PredictSettings, args=sys.argv[2:], prog="bench.mfu predict"
+        )
+        return exit_code(lambda: print("\n".join(mfu_predict.lines(settings))))
+    return exit_code(measure_here)
+
+
+def measure_here() -> None:
+    settings = tyro.cli(
+        MfuSettings,
+        description=__doc__,
+        default=preset(on_gpu=torch.cuda.is_available()),
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=parallel.is_main(),
+    )
+    system = settings.system
+    with parallel.start(cpu=system.device == "cpu", deterministic=system.deterministic) as world:
+        say = print if world.is_main else lambda line: None
+        try:
+            measure(settings, world, say)
+        except torch.OutOfMemoryError as error:
+            available = torch.cuda.get_device_properties(world.device).total_memory
+            raise UserError(out_of_memory(settings, world, available)) from error
+
+
+def measure(settings: MfuSettings, world: parallel.World, say: Callable[[str], None]) -> None:
+    """Train, time and profile; say and write what was found, as far as it was found."""
+    say(hardware.describe(world.device))
+    session, chosen = Session(settings, world, say), settings.measure
+    try:
+        ledger, figures = session.train()
+        stages = [session.parts] * chosen.parts + [session.sharding_cost] * chosen.sharding_cost
+        for stage in (lambda: figures, *stages):
+            found = stage()
+            for name, value in found.items():
+                say(f"{name}: {value:,.2f}")
+            if ledger is not None:
+                # The table was said when the profile was done; what is known more goes beside it.
+                ledger = replace(ledger, parts={**ledger.parts, **found})
+                write(ledger, chosen.out, say=lambda line: None)
+    finally:
+        session.loader.close()
+
+
+def out_of_memory(settings: MfuSettings, world: parallel.World, available: int) -> str:
+    """One line: the estimate, what should fit, and the flags that help."""
+    model, batch = settings.model, settings.measure.device_batch_size
+    config = GPTConfig.from_depth(
+        model.depth, vocab_size=model.vocab_size, sequence_len=model.sequence_len
+    )
+    shared = {
+        "shards": world.local_size,
+        "accumulates": settings.measure.accumulation > 1,
+        "logits_chunks": CHUNKS,
+    }
+    estimate = estimate_memory(config, device_batch_size=batch, **shared)
+    # It was too low for this run; what it says of smaller ones is too low by as much.
+    most = largest_device_batch(int(0.92 * estimate.total), config, **shared)
+    advice = f"--device-batch-size {most} should fit" if most else "no smaller batch will do"
+    return (
+        f"out of GPU memory: {batch} sequences of {config.sequence_len} were estimated at "
+        f"{estimate}, the GPU has {available / GIB:.1f} GiB; {advice}; --reshard-after-forward, "
+        "more GPUs or a smaller --sequence-len also help"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

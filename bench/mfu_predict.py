@@ -1,0 +1,245 @@
+"""Step time against GPU count, interconnect and batch: a small model, on paper.
+
+A step is what one GPU computes, what sharding adds to it, and an optimizer that is shared out:
+
+    compute      forward + backward, at the FLOP/s that one GPU was measured to reach
+    beside       communication runs beside computation and slows it: a share of its own time
+    exposed      the first all-gather and the last reduce-scatter have nothing beside them, and
+                 neither has what is longer than the computation
+    optimizer    Newton-Schulz by whole matrices over all GPUs, element-wise work over the shards,
+                 exchanges as far as they outlast what runs beside them
+
+Its inputs are measured on one GPU (bench/results) and, for the effective bandwidth and the slowing
+down, on four; it is checked against the measured steps of more GPUs, which it has not seen.
+Parameters are sharded over s GPUs and replicated r times; every s is tried, the fastest is shown.
+"""
+
+import json
+from dataclasses import dataclass
+from math import ceil, log2
+from pathlib import Path
+from typing import NamedTuple
+
+from gptfast import hardware
+from gptfast.errors import UserError
+from gptfast.ledger.costs import newton_schulz_flops
+from gptfast.ledger.kinds import Job
+from gptfast.memory import GIB, estimate_memory
+from gptfast.model import GPTConfig, flops_per_token, parameter_counts
+from kernels.cross_entropy import CHUNKS
+
+RESULTS = Path(__file__).parent / "results"
+BASE, KERNELS = RESULTS / "base-h200.json", RESULTS / "kernels-h200.json"
+GPU = "NVIDIA H200"
+
+# Of one H200's step at d20 (torch 2.11, 2026-11-22): the whole optimizer, where the kept result
+# does not say it.
+OPTIMIZER_MS = 30.0
+# Effective bytes a second and GPU of all-gathers (0.84 GB in 9.4 ms) and reduce-scatters (1.68 GB
+# in 20.1 ms) beside the computation, four H200s with NVLink, d20, 2026-11-22.
+NVLINK = 87e9
+# Of the same step's 29.5 ms of communication, how much longer products and attention ran: 12 ms.
+SLOWED = 0.4
+# Assumed, not measured: the share of a network's rate that a collective reaches, and the time of
+# one hop of a ring within and between nodes.
+NETWORK_EFFICIENCY = 0.8
+HOP = {"node": 4e-6, "network": 12e-6}
+_MEMORY_MARGIN = 0.92
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    depth: int = 20
+    device_batch_size: int = 32
+    """Sequences of one GPU and micro-step."""
+    total_batch_size: int | None = None
+    """Tokens of a step, the same for all GPU counts; by default one micro-step a GPU."""
+    sequence_len: int = 2048
+    vocab_size: int = 65536
+    node_gpus: int = 8
+    """GPUs that NVLink joins."""
+    network_gbit: float = 400.0
+    """Gbit/s of each GPU's share of the network between nodes."""
+    gpu_memory_gib: float = 139.0
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "device_batch_size", "node_gpus", "network_gbit", "sequence_len"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+class OneGpu(NamedTuple):
+    """What one GPU was measured to do."""
+
+    flops: float
+    """FLOP/s of forward + backward, by the report's formula."""
+    newton_schulz: float
+    """FLOP/s of Newton-Schulz, by what its products need."""
+    optimizer_bytes: float
+    """Bytes/s of the rest of the optimizer, by what its states need."""
+
+
+class Prediction(NamedTuple):
+    """Seconds of one step's parts, on a mesh of `replicas` x `shards` GPUs."""
+
+    shards: int
+    replicas: int
+    passes: int
+    batch: int
+    compute: float
+    beside: float
+    exposed: float
+    optimizer: float
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.beside + self.exposed + self.optimizer
+
+
+def measured_points() -> dict[int, dict]:
+    """GPUs -> a d20 run of 32 x 2048 tokens a GPU, from the kept results."""
+    return {run["gpus"]: run for run in _kept(BASE)["runs"]}
+
+
+def _kept(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the prediction needs {path}: {error}") from error
+
+
+def one_gpu() -> OneGpu:
+    """From the kept results of one H200."""
+    job = Job(GPTConfig(), 32, 1, 1, 1)
+    newton_schulz_ms = next(
+        row["ms"]
+        for row in _kept(KERNELS)["rows"]
+        if (row["case"], row["size"], row["provider"]) == ("newton_schulz", "d20", "ours")
+    )
+    run = measured_points()[1]
+    optimizer_ms = run.get("optimizer_ms", OPTIMIZER_MS)
+    compute_ms = run["step_ms"] - optimizer_ms
+    return OneGpu(
+        flops=job.tokens * flops_per_token(job.config) / (compute_ms / 1e3),
+        newton_schulz=newton_schulz_flops(job) / (newton_schulz_ms / 1e3),
+        optimizer_bytes=optimizer_bytes(job.config) / ((optimizer_ms - newton_schulz_ms) / 1e3),
+    )
+
+
+def optimizer_bytes(config: GPTConfig) -> float:
+    """Read and written of fp32 states by AdamW (28 a parameter), Muon (24) and the norm (4)."""
+    counts = parameter_counts(config)
+    rest = counts["embedding"] + counts["head"]
+    return 32 * rest + 28 * counts["blocks"]
+
+
+def predict(
+    config: GPTConfig, batch: int, passes: int, shards: int, replicas: int, at: PredictSettings
+) -> Prediction:
+    """One step of `passes` micro-steps of `batch` sequences on shards x replicas GPUs."""
+    gpu, counts = one_gpu(), parameter_counts(config)
+    parameters, blocks = sum(counts.values()), counts["blocks"]
+    network = NETWORK_EFFICIENCY * at.network_gbit / 8 * 1e9
+    within, hop = (NVLINK, HOP["node"])
+    if shards > at.node_gpus:
+        within, hop = min(NVLINK, network), HOP["network"]
+    units = config.n_layer + 2
+    others, copies = (shards - 1) / shards, (replicas - 1) / replicas
+
+    compute = passes * batch * config.sequence_len * flops_per_token(config) / gpu.flops
+    gather = 2 * parameters * others / within + units * (shards - 1) * hop
+    reduce = 4 * parameters * others / within + units * (shards - 1) * hop
+    # Replicas add up their shards' gradients, each unit as it comes, along a tree and back.
+    average = 2 * 4 * parameters / shards * copies / network
+    average += units * 2 * ceil(log2(replicas)) * HOP["network"]
+    talk = gather + reduce + average
+    beside = SLOWED * min(talk, compute)
+    # The embedding's unit is the first to be gathered and the last to be reduced.
+    edge = counts["embedding"] / parameters * (gather + reduce + average)
+    exposed = (edge if shards * replicas > 1 else 0.0) + max(0.0, talk - compute)
+
+    job = Job(config, batch, passes, shards * replicas, shards)
+    work = newton_schulz_flops(job) / gpu.newton_schulz
+    work += optimizer_bytes(config) / shards / gpu.optimizer_bytes
+    swap = 2 * 2 * blocks / (shards * replicas) * others / within
+    swap += 2 * blocks / shards * copies / network
+    # Two groups of shapes take turns: half of an exchange always runs beside the other's products.
+    optimizer = work + max(swap / 2, swap - work)
+    return Prediction(shards, replicas, passes, batch, compute, beside, exposed, optimizer)
+
+
+def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None:
+    """The fastest mesh whose memory should suffice; None if there is none."""
+    tokens = at.total_batch_size
+    sequences = at.device_batch_size
+    passes = 1
+    if tokens is not None:
+        each = tokens / at.sequence_len / gpus
+        if each < 1:
+            return None
+        passes = ceil(each / at.device_batch_size)
+        sequences = int(each / passes)
+    candidates = []
+    shards = 1
+    while shards <= gpus:
+        if gpus % shards == 0:
+            need = estimate_memory(
+                config,
+                device_batch_size=sequences,
+                shards=shards,
+                accumulates=passes > 1,
+                logits_chunks=CHUNKS,
+            ).total
+            if need <= _MEMORY_MARGIN * at.gpu_memory_gib * GIB:
+                candidates.append(predict(config, sequences, passes, shards, gpus // shards, at))
+        shards *= 2
+    return min(candidates, key=lambda p: p.step, default=None)
+
+
+def lines(at: PredictSettings) -> list[str]:
+    """The check against what was measured, then the table."""
+    d20, own = GPTConfig(), PredictSettings()
+    out = [f"Checked against measured steps of train/base.py, d20, 32 x 2048 tokens, {GPU}:"]
+    for gpus, run in sorted(measured_points().items()):
+        ms = run["step_ms"]
+        guess = 1e3 * predict(d20, 32, 1, gpus, 1, own).step
+        note = "the model's input" if gpus == 1 else f"{guess / ms - 1:+.1%}"
+        out.append(f"  {gpus} GPU(s): measured {ms:.1f} ms, model {guess:.1f} ms ({note})")
+    config = GPTConfig.from_depth(at.depth, vocab_size=at.vocab_size, sequence_len=at.sequence_len)
+    batch = (
+        f"{at.total_batch_size:,} tokens a step"
+        if at.total_batch_size
+        else f"{at.device_batch_size} x {at.sequence_len} tokens a GPU and step"
+    )
+    out += [
+        "",
+        f"PREDICTIONS: nothing below was run. d{at.depth}, {batch}, {GPU}s, {at.node_gpus} to a "
+        f"node, {at.network_gbit:g} Gbit/s a GPU between nodes.",
+        f"{'GPUs':>5}{'shard x replicate':>19}{'a GPU':>12}{'step ms':>9}{'compute':>9}"
+        f"{'beside':>8}{'exposed':>9}{'optimizer':>11}{'tok/s a GPU':>13}{'tok/s':>13}{'MFU':>8}",
+    ]
+    peak = hardware.peak(GPU).bf16_flops
+    gpus = 8
+    while gpus <= 1024:
+        found = best(config, gpus, at)
+        if found is None:
+            out.append(f"{gpus:>5}  no mesh fits this batch and memory")
+        else:
+            per_gpu = found.passes * found.batch * config.sequence_len / found.step
+            mfu = hardware.mfu(per_gpu * flops_per_token(config), peak)
+            out.append(
+                f"{gpus:>5}{f'{found.shards} x {found.replicas}':>19}"
+                f"{f'{found.passes} x {found.batch} seq':>12}{1e3 * found.step:>9.1f}"
+                f"{1e3 * found.compute:>9.1f}{1e3 * found.beside:>8.1f}"
+                f"{1e3 * found.exposed:>9.1f}{1e3 * found.optimizer:>11.1f}"
+                f"{per_gpu:>13,.0f}{per_gpu * gpus:>13,.0f}{mfu:>8.1%}"
+            )
+        gpus *= 2
+    out += [
+        "",
+        "train/base.py shards within a node and replicates between nodes. Assumed, not measured: "
+        f"collectives reach {NETWORK_EFFICIENCY:.0%} of the network, hops take "
+        f"{1e6 * HOP['node']:.0f} and {1e6 * HOP['network']:.0f} microseconds, no GPU waits for a "
+        "slower one, and a smaller batch of a GPU costs no efficiency.",
+    ]
+    return out

@@ -1,0 +1,31 @@
+"""One step's kernels into named rows, beside what the hardware could do.
+
+trace      a profile as events, each with the operators that launched it
+kinds      which row an event belongs to
+costs      FLOPs, bytes, measured ceilings, floors
+book       the ledger: rows that add up to the step; JSON
+text       table, waterfall, comparison
+profiler   StepProfiler, which takes the profile within a run
+"""
+
+from gptfast.ledger.book import Ledger, build, read_json, to_json
+from gptfast.ledger.costs import Ceilings, measure_ceilings
+from gptfast.ledger.kinds import Job
+from gptfast.ledger.profiler import StepProfiler, parse_steps, write
+from gptfast.ledger.text import compare, draw, table
+
+__all__ = [
+    "Ceilings",
+    "Job",
+    "Ledger",
+    "StepProfiler",
+    "build",
+    "compare",
+    "draw",
+    "measure_ceilings",
+    "parse_steps",
+    "read_json",
+    "table",
+    "to_json",
+    "write",
+]

@@ -1,0 +1,161 @@
+"""Takes the profile of some steps of a run, and writes the ledger of them beside it."""
+
+import gzip
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gptfast.errors import UserError
+from gptfast.ledger.book import Ledger, build, to_json
+from gptfast.ledger.clock import Moment, median_ms, now
+from gptfast.ledger.costs import measure_ceilings
+from gptfast.ledger.kinds import Job
+from gptfast.ledger.text import draw, table
+from gptfast.ledger.trace import STEP, load_trace, stretch
+
+# Steps before the profile whose median is the step's time without it, and the first that counts:
+# before, compilation and a cold card are timed.
+_UNPROFILED_STEPS = 20
+_FIRST_UNPROFILED = 3
+
+
+def parse_steps(text: str) -> range:
+    """ "20:23" -> steps 20, 21 and 22. UserError for anything else."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise UserError(f"profile steps {text!r}: give FIRST:END, such as 20:23 for 20, 21 and 22")
+    return range(int(first), int(end))
+
+
+class StepProfiler:
+    """Call `before(step)` and `after(step)` around every step of a run, on every rank.
+
+    When the last of `steps` is over, `out` (a path that ends in .json) holds the ledger; beside it
+    lie the table as .txt, the waterfall as .png and, with keep_trace, the Chrome trace as
+    .trace.json.gz. Of several steps the first only fills the GPU's queue. Only the active process
+    profiles. Whatever goes wrong is told in one line, and the run goes on.
+
+    `ledger` is the result, None before it is there and where it could not be had.
+    """
+
+    def __init__(
+        self,
+        steps: range,
+        *,
+        job: Job,
+        device: torch.device,
+        out: Path,
+        say: Callable[[str], None],
+        active: bool = True,
+        settings: dict | None = None,
+        environment: dict | None = None,
+        keep_trace: bool = False,
+    ) -> None:
+        self.steps, self.job, self.device, self.out, self.say = steps, job, device, out, say
+        self.active, self.keep_trace = active, keep_trace
+        self.settings, self.environment = settings or {}, environment or {}
+        self.ledger: Ledger | None = None
+        self._stamps: list[Moment] = []
+        self._profile: profile | None = None
+        self._scope: record_function | None = None
+
+    def before(self, step: int) -> None:
+        """The step is about to begin."""
+        if not self.active:
+            return
+        # The stamp before the first profiled step ends the last unprofiled one.
+        earliest = max(_FIRST_UNPROFILED, self.steps.start - _UNPROFILED_STEPS)
+        if earliest <= step <= self.steps.start:
+            self._stamps.append(now(self.device))
+        if step == self.steps.start:
+            self._guarded(self._start)
+        if step in self.steps and self._profile is not None:
+            self._scope = record_function(f"{STEP} {step}")
+            self._scope.__enter__()
+
+    def after(self, step: int) -> None:
+        """The step has been launched; the GPU may still be at it."""
+        if self._scope is not None:
+            self._scope.__exit__(None, None, None)
+            self._scope = None
+        if self._profile is not None and step == self.steps[-1]:
+            self._guarded(self._finish)
+            self._profile = None
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            # The one place that catches everything: no picture of a run is worth the run.
+            self._profile = None
+            why = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            self.say(f"no profile of steps {self._name}: {type(error).__name__}: {why}")
+
+    @property
+    def _name(self) -> str:
+        return f"{self.steps.start}:{self.steps.stop}"
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._on_gpu:
+            activities.append(ProfilerActivity.CUDA)
+        else:
+            self.say("profile without CUDA: times are those of the CPU's operators, no MFU")
+        taken = profile(activities=activities, record_shapes=True)
+        taken.start()
+        self._profile = taken
+
+    def _finish(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
+        self._profile.stop()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(path))
+            if self.keep_trace:
+                kept = self.out.with_suffix(".trace.json.gz")
+                with path.open("rb") as raw, gzip.open(kept, "wb", compresslevel=3) as packed:
+                    shutil.copyfileobj(raw, packed)
+                self.say(f"trace for https://ui.perfetto.dev: {kept}")
+            measured = stretch(load_trace(path))
+        if self._on_gpu and not measured.on_gpu:
+            raise UserError(
+                "the profiler recorded no GPU kernels; CUPTI may lack the permission "
+                "(NVreg_RestrictProfilingToAdminUsers), or another profiler holds it"
+            )
+        self.ledger = build(
+            measured,
+            self.job,
+            torch.cuda.get_device_name(self.device) if self._on_gpu else "cpu",
+            measure_ceilings(self.device),
+            unprofiled_step_ms=self._unprofiled_ms(),
+            settings=self.settings,
+            environment=self.environment,
+        )
+        write(self.ledger, self.out, self.say)
+
+    def _unprofiled_ms(self) -> float | None:
+        pairs = list(zip(self._stamps, self._stamps[1:]))
+        return median_ms(pairs) if pairs else None
+
+
+def write(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None:
+    """The JSON at `out`, the table and the picture beside it; the table is also said."""
+    lines = table(ledger)
+    for line in lines:
+        say(line)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(to_json(ledger), indent=1, default=str) + "\n", encoding="utf-8")
+    out.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    drawn = draw(ledger, out.with_suffix(".png"))
+    say(f"ledger: {out}, {out.with_suffix('.txt')}" + f", {out.with_suffix('.png')}" * drawn)

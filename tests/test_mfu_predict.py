@@ -1,0 +1,68 @@
+"""The model of step time: near what was measured, sane where nothing was."""
+
+import json
+
+import pytest
+
+from bench import mfu_predict
+from bench.mfu_predict import PredictSettings, best, lines, measured_points, predict
+from gptfast.errors import UserError
+from gptfast.model import GPTConfig
+
+D20 = GPTConfig()
+
+
+def test_within_3_percent_of_every_measured_step():
+    points = measured_points()
+    assert len(points) > 1
+    for gpus, run in points.items():
+        guess = 1e3 * predict(D20, 32, 1, gpus, 1, PredictSettings()).step
+        assert guess == pytest.approx(run["step_ms"], rel=1e-9 if gpus == 1 else 0.03)
+
+
+def test_8_to_1024_gpus_each_with_a_mesh_of_that_many():
+    at = PredictSettings()
+    steps = []
+    for power in range(3, 11):
+        found = best(D20, 2**power, at)
+        assert found.shards * found.replicas == 2**power
+        steps.append(found.step)
+    # The same tokens a GPU: more GPUs never make a step shorter by more than the optimizer's part.
+    assert max(steps) < 1.1 * min(steps)
+
+
+def test_a_slow_network_costs_and_replicates_more():
+    fast, slow = (best(D20, 64, PredictSettings(network_gbit=gbit)) for gbit in (400.0, 25.0))
+    assert slow.step > 1.2 * fast.step
+    assert slow.shards <= PredictSettings().node_gpus
+
+
+def test_a_fixed_batch_is_split_until_a_gpu_has_no_sequence_left():
+    at = PredictSettings(total_batch_size=524_288)
+    assert [best(D20, gpus, at).batch for gpus in (8, 64, 256)] == [32, 4, 1]
+    assert best(D20, 4, at).passes == 2
+    assert best(D20, 512, at) is None
+
+
+def test_a_model_that_fits_only_sharded_is_sharded():
+    at = PredictSettings(device_batch_size=2, gpu_memory_gib=22.0)
+    found = best(GPTConfig.from_depth(32, vocab_size=65536), 64, at)
+    assert found.shards > 1
+    assert best(GPTConfig.from_depth(64, vocab_size=65536), 8, at) is None
+
+
+def test_predictions_are_labelled_and_the_check_comes_first(tmp_path, monkeypatch):
+    said = lines(PredictSettings())
+    assert said[0].startswith("Checked against measured steps")
+    label = next(i for i, line in enumerate(said) if line.startswith("PREDICTIONS"))
+    assert "nothing below was run" in said[label]
+    assert [line.split()[0] for line in said[label + 2 : label + 10]] == [
+        str(2**power) for power in range(3, 11)
+    ]
+    bad = tmp_path / "base.json"
+    bad.write_text(json.dumps({})[:1])
+    monkeypatch.setattr(mfu_predict, "BASE", bad)
+    with pytest.raises(UserError, match="the prediction needs"):
+        lines(PredictSettings())
+    with pytest.raises(UserError, match="network_gbit must be above 0"):
+        PredictSettings(network_gbit=0.0)
