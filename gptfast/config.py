@@ -1,5 +1,8 @@
 """The settings of a run: dataclasses whose fields are the flags of the recipes.
 
+Here are those that every stage has, and base training's; those of chat stages are in
+gptfast/config_chat.py.
+
 Checked where they are made, as far as they can be alone; what depends on the machine or the data
 (GPU memory, the world size, the tokenizer) is checked by the functions at the end, before step 0.
 """
@@ -24,7 +27,7 @@ class ModelSettings:
     """Size of the tokenizer, trained if there is none of this size."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "depth", "sequence_len", "vocab_size")
+        at_least_one(self, "depth", "sequence_len", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,29 @@ class HorizonSettings:
 
 
 @dataclass(frozen=True)
-class OptimSettings:
-    device_batch_size: int = 32
-    """Sequences in one forward + backward of one GPU."""
-    total_batch_size: int = 524_288
-    """Tokens in one step of all GPUs together."""
+class LearningSettings:
     embedding_lr: float = 0.2
     unembedding_lr: float = 0.004
     matrix_lr: float = 0.02
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
+    init_lr_frac: float = 1.0
+    """All learning rates are multiplied by this."""
     warmup_ratio: float = 0.0
     warmdown_ratio: float = 0.2
     final_lr_frac: float = 0.0
 
+
+@dataclass(frozen=True)
+class OptimSettings(LearningSettings):
+    device_batch_size: int = 32
+    """Sequences in one forward + backward of one GPU."""
+    total_batch_size: int = 524_288
+    """Tokens in one step of all GPUs together."""
+
     def __post_init__(self) -> None:
-        _at_least_one(self, "device_batch_size", "total_batch_size")
+        at_least_one(self, "device_batch_size", "total_batch_size")
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ class RunSettings:
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Checkpoints to keep."""
+    profile_steps: str | None = None
+    """Steps to profile, such as 20:23; the ledger of their kernels goes into the run's folder."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log there."""
 
@@ -155,22 +166,24 @@ def preset(*, on_gpu: bool, processes: int) -> BaseSettings:
     )
 
 
-def accumulation_steps(settings: BaseSettings, world_size: int) -> int:
+def accumulation_steps(optim: OptimSettings, sequence_len: int, world_size: int) -> int:
     """Micro-steps of one step; UserError with the nearest totals that the world divides."""
-    micro = settings.optim.device_batch_size * settings.model.sequence_len * world_size
-    total = settings.optim.total_batch_size
+    micro = optim.device_batch_size * sequence_len * world_size
+    total = optim.total_batch_size
     if total % micro:
         below, above = total // micro * micro, (total // micro + 1) * micro
         near = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"total batch of {total} tokens is no multiple of the {micro} tokens that {world_size} "
-            f"process(es) take in one pass ({settings.optim.device_batch_size} x "
-            f"{settings.model.sequence_len} each); the nearest that work: {near}"
+            f"process(es) take in one pass ({optim.device_batch_size} x {sequence_len} each); "
+            f"the nearest that work: {near}"
         )
     return total // micro
 
 
-def _at_least_one(settings: object, *names: str) -> None:
+def at_least_one(settings: object, *names: str) -> None:
+    """UserError naming the first of these fields that is a number below 1."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")

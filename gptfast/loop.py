@@ -11,13 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from gptfast import hardware
+from gptfast.batch import Batch
 from gptfast.checkpoint import Checkpointer
-from gptfast.data import BatchLoader
 from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, seconds_since_launch
 from gptfast.model import GPT
@@ -35,17 +36,41 @@ _SAME_SIGNAL_SECONDS = 3.0
 _WARMUP_STEPS = 20
 
 
+class Loader(Protocol):
+    """What the loop asks of its data: batches of this rank, one for each micro-step.
+
+    `next()` gives a Batch, or the first two of its fields. wait_seconds: how long all calls of it
+    have waited so far.
+    """
+
+    wait_seconds: float
+
+    def __next__(self) -> Batch: ...
+
+
+class Profiler(Protocol):
+    """Is told when the host begins a step, and when it has launched all of it."""
+
+    def before(self, step: int) -> None: ...
+
+    def after(self, step: int) -> None: ...
+
+
 class TrainingDivergedError(RuntimeError):
     """Ten steps in a row without a finite loss and gradient."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do at which step. Callables are pure functions of the step."""
+    """What to do at which step. Callables are pure functions of the step.
+
+    tokens_per_step: None if each step has another number of tokens; then nothing is said of how
+    many there were, nor of speed and MFU.
+    """
 
     total_steps: int
     accumulation: int
-    tokens_per_step: int
+    tokens_per_step: int | None
     flops_per_token: int
     learning_rate_multiplier: Callable[[int], float]
     momentum: Callable[[int], float]
@@ -56,6 +81,10 @@ class Plan:
     def due(self, every: int, step: int) -> bool:
         """Before the first step, after the last, and every so many in between."""
         return step in (0, self.total_steps) or (every > 0 and step % every == 0)
+
+    def tokens(self, steps: int) -> dict[str, int]:
+        """{"tokens": of so many steps}, as far as it is known."""
+        return {} if self.tokens_per_step is None else {"tokens": steps * self.tokens_per_step}
 
 
 @dataclass
@@ -71,6 +100,8 @@ class Summary:
     loss: float = math.nan
     skipped_steps: int = 0
     peak_memory_bytes: int = 0
+    # Of all GPUs of the run while it trained; None where they do not count it.
+    energy_joules: float | None = None
     evaluations: list[dict] = field(default_factory=list)
 
 
@@ -82,13 +113,16 @@ class _Pending:
     values: torch.Tensor
     arrived: torch.cuda.Event | None
     start: "torch.cuda.Event | float"
+    first_batch: "torch.cuda.Event | float"
     end: "torch.cuda.Event | float"
     data_wait: float
+    figures: dict[str, float]
 
 
 class Trainer:
-    """Runs a Plan. `save(step)` starts a checkpoint; `evaluate(step)` and `sample(step)` return
-    what is to be logged; all three are called on every rank, at step boundaries."""
+    """Runs a Plan. `save(step)` starts a checkpoint; `evaluate(step)` returns figures by name and
+    `sample(step)` {"samples": texts}, to be logged; all three are called on every rank, at step
+    boundaries."""
 
     def __init__(
         self,
@@ -96,17 +130,21 @@ class Trainer:
         world: World,
         model: GPT,
         optimizer: Optimizer,
-        loader: BatchLoader,
+        loader: Loader,
         plan: Plan,
         log: MetricsLog,
         checkpointer: Checkpointer,
         save: Callable[[int], None],
         evaluate: Callable[[int], dict],
         sample: Callable[[int], dict],
+        step_figures: Callable[[], dict[str, float]] = dict,
+        profiler: Profiler | None = None,
     ) -> None:
+        """step_figures: what else the row of the step that was just launched is to hold."""
         self.world, self.model, self.optimizer, self.loader = world, model, optimizer, loader
         self.plan, self.log, self.checkpointer = plan, log, checkpointer
         self.save, self.evaluate, self.sample = save, evaluate, sample
+        self.step_figures, self.profiler = step_figures, profiler
         self.summary = Summary()
         on_gpu = world.device.type == "cuda"
         self._own_peak = hardware.peak(torch.cuda.get_device_name()) if on_gpu else None
@@ -148,7 +186,11 @@ class Trainer:
             if step % _COLLECT_EVERY == _COLLECT_EVERY - 1:
                 gc.collect()
             began = time.perf_counter()
+            if self.profiler is not None:
+                self.profiler.before(step)
             clock = self._train_step(step, clock)
+            if self.profiler is not None:
+                self.profiler.after(step)
             if step == start_step:
                 self._settle()
                 self.summary.first_step_seconds = time.perf_counter() - began
@@ -172,13 +214,12 @@ class Trainer:
         last = step == plan.total_steps
         if plan.due(plan.eval_every, step) and (last or not stop):
             self._settle()
-            values = {"tokens": step * plan.tokens_per_step, **self.evaluate(step)}
-            self.summary.evaluations.append({"step": step, **values})
-            self.log.row("eval", step, **values)
-            self.log.say(
-                f"step {step}: validation {values['val_bpb']:.4f} bits per byte "
-                f"at {values['tokens']:,} tokens"
-            )
+            figures, tokens = self.evaluate(step), plan.tokens(step)
+            self.summary.evaluations.append({"step": step, **tokens, **figures})
+            self.log.row("eval", step, **tokens, **figures)
+            found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            at = "".join(f" at {count:,} {name}" for name, count in tokens.items())
+            self.log.say(f"step {step}: {found}{at}")
             done = True
         if (last or (step and plan.due(plan.sample_every, step))) and (last or not stop):
             self._settle()
@@ -197,16 +238,20 @@ class Trainer:
     def _train_step(self, step: int, start: "torch.cuda.Event | float | None"):
         plan, device = self.plan, self.world.device
         start = _stamp(device) if start is None else start
-        waited = self.loader.wait_seconds
+        first_batch, waited = start, self.loader.wait_seconds
         # Loss in nats, supervised tokens, whether any rank was asked to stop. fp64 counts exactly.
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for micro in range(plan.accumulation):
-            inputs, targets = next(self.loader)
+            batch = Batch(*next(self.loader))
+            if micro == 0:
+                first_batch = _stamp(device)
             synchronise_gradients(self.model, micro == plan.accumulation - 1)
-            loss = self.model(inputs, targets)
+            loss = self.model(
+                batch.inputs, batch.targets, weights=batch.weights, documents=batch.documents
+            )
             loss.backward()
             sums[0] += loss.detach()
-            sums[1] += (targets >= 0).sum()
+            sums[1] += (batch.targets >= 0).sum()
         sums[2].fill_(float(self._stop_here))
         dist.all_reduce(sums)
         stats = self.optimizer.step(
@@ -216,22 +261,24 @@ class Trainer:
             loss=sums[0].float(),
         )
         figures = torch.stack(
-            [sums[0] / sums[1], stats.grad_norm.double(), stats.finite.double(), sums[2]]
+            [sums[0] / sums[1], stats.grad_norm.double(), stats.finite.double(), *sums[1:]]
         )
         end = _stamp(device)
         # The step before has finished by now or is about to: reading it does not stall the next.
         self._settle()
-        self._pending = self._send(step, figures, start, end, self.loader.wait_seconds - waited)
+        data_wait = self.loader.wait_seconds - waited
+        further = (start, first_batch, end, data_wait, self.step_figures())
+        self._pending = self._send(step, figures, *further)
         return end
 
-    def _send(self, step: int, figures: torch.Tensor, start, end, data_wait: float) -> _Pending:
+    def _send(self, step: int, figures: torch.Tensor, *further) -> _Pending:
         if figures.device.type != "cuda":
-            return _Pending(step, figures, None, start, end, data_wait)
+            return _Pending(step, figures, None, *further)
         values = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         values.copy_(figures, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _Pending(step, values, arrived, start, end, data_wait)
+        return _Pending(step, values, arrived, *further)
 
     def _settle(self) -> None:
         """Read the pending step's figures, if there is one; log it and act on it."""
@@ -240,11 +287,11 @@ class Trainer:
             return
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        loss, grad_norm, finite, stop = pending.values.tolist()
+        loss, grad_norm, finite, supervised, stop = pending.values.tolist()
         self._stop_everywhere = stop > 0
         seconds = _elapsed(pending.start, pending.end)
         self._account(pending, seconds, loss, bool(finite))
-        self._report(pending, seconds, loss, grad_norm)
+        self._report(pending, seconds, loss, grad_norm, int(supervised))
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.checkpointer.wait()
             saved = f"after step {self._saved_at}" if self._saved_at > 0 else "none was written"
@@ -262,35 +309,46 @@ class Trainer:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self._step_seconds.append(seconds)
 
-    def _report(self, pending: _Pending, seconds: float, loss: float, grad_norm: float) -> None:
+    def _report(
+        self, pending: _Pending, seconds: float, loss: float, grad_norm: float, supervised: int
+    ) -> None:
         plan, step = self.plan, pending.step
-        per_gpu = plan.tokens_per_step / seconds / self.world.size
         values = {
             "loss": loss,
             "grad_norm": grad_norm,
             "lr_multiplier": plan.learning_rate_multiplier(step),
             "seconds": seconds,
-            "tokens": (step + 1) * plan.tokens_per_step,
-            "tokens_per_second": per_gpu * self.world.size,
-            "tokens_per_second_per_gpu": per_gpu,
+            "supervised_tokens": supervised,
             "data_wait_seconds": pending.data_wait,
+            # Between two steps the device had nothing to do for so long: the host was late.
+            "host_gap_seconds": _elapsed(pending.start, pending.first_batch),
             "skipped_steps": self.summary.skipped_steps,
+            **pending.figures,
         }
         parts = [
             f"step {step + 1:>5}/{plan.total_steps}",
             f"loss {loss:.4f}",
             f"lr x{values['lr_multiplier']:.2f}",
             f"{1e3 * seconds:.1f} ms",
-            f"{per_gpu * self.world.size:,.0f} tok/s",
+            *(f"{name} {value:.3g}" for name, value in pending.figures.items()),
         ]
+        if plan.tokens_per_step is not None:
+            per_gpu = plan.tokens_per_step / seconds / self.world.size
+            values |= plan.tokens(step + 1)
+            values["tokens_per_second"] = per_gpu * self.world.size
+            values["tokens_per_second_per_gpu"] = per_gpu
+            parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+            if self.world.device.type == "cuda":
+                values |= self._mfu(per_gpu)
+                own = values["mfu_own_peak"]
+                parts.append(
+                    f"MFU {100 * values['mfu_report']:.2f} % of 989 TFLOP/s"
+                    + (f", {100 * own:.2f} % of this GPU's peak" if own is not None else "")
+                )
         if self.world.device.type == "cuda":
-            values |= self._gpu_figures(per_gpu)
-            own = values["mfu_own_peak"]
-            parts += [
-                f"MFU {100 * values['mfu_report']:.2f} % of 989 TFLOP/s"
-                + (f", {100 * own:.2f} % of this GPU's peak" if own is not None else ""),
-                f"{values['peak_memory_bytes'] / GIB:.1f} GiB",
-            ]
+            self.summary.peak_memory_bytes = torch.cuda.max_memory_allocated()
+            values["peak_memory_bytes"] = self.summary.peak_memory_bytes
+            parts.append(f"{self.summary.peak_memory_bytes / GIB:.1f} GiB")
         left = (plan.total_steps - step - 1) * statistics.median(self._step_seconds[-20:])
         parts.append(f"{int(left // 3600)}h{int(left % 3600 // 60):02d}m{int(left % 60):02d}s left")
         if self.summary.skipped_steps:
@@ -299,21 +357,19 @@ class Trainer:
         self.log.say(" | ".join(parts))
         self.log.progress(step + 1)
 
-    def _gpu_figures(self, tokens_per_second: float) -> dict:
+    def _mfu(self, tokens_per_second: float) -> dict:
         flops = tokens_per_second * self.plan.flops_per_token
         own = self._own_peak
-        self.summary.peak_memory_bytes = torch.cuda.max_memory_allocated()
         return {
             "mfu_report": hardware.mfu(flops, hardware.REPORT_PEAK_FLOPS),
             "mfu_own_peak": hardware.mfu(flops, own.bf16_flops) if own else None,
-            "peak_memory_bytes": self.summary.peak_memory_bytes,
         }
 
     def _finish(self, step: int) -> None:
         self._settle()
         self.checkpointer.wait()
         steady = self._step_seconds[_WARMUP_STEPS:] or self._step_seconds[1:] or self._step_seconds
-        if steady:
+        if steady and self.plan.tokens_per_step is not None:
             self.summary.tokens_per_second = self.plan.tokens_per_step / statistics.median(steady)
         self.summary.step = step
         self.summary.stopped = step < self.plan.total_steps

@@ -8,14 +8,16 @@ sub-layer computed but did not add yet. Adding and normalising is then one pass 
 (`add_rms_norm`), across the borders of blocks too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptfast.attention import attention
+from gptfast.attention import Documents, attention
 from gptfast.errors import UserError
 from kernels import Operators, operators
 
@@ -110,6 +112,48 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
 
+class BlockWeights(NamedTuple):
+    """The matrices of a block's four products."""
+
+    qkv: Tensor  # (C + 2 KV, C)
+    attn_proj: Tensor  # (C, C)
+    mlp_fc: Tensor  # (4C, C)
+    mlp_proj: Tensor  # (C, 4C)
+
+
+# (q, k, v) -> y; q and y (B, T, H, D), k and v (B, T, Hkv, D).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def block_forward(
+    config: GPTConfig,
+    ops: Operators,
+    attend: Attend,
+    weights: BlockWeights,
+    residual: Tensor,
+    branch: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A block's arithmetic: (B, T, C) residual and branch -> the same two, one block later.
+
+    attend: causal attention in training; to a cache, or to a prefix that several sequences share,
+    when the model is used. cos, sin: fp32 (>= T, D/2), row t for token t.
+    """
+    residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
+    q, k, v = ops.rotary_qk_norm(
+        F.linear(x, weights.qkv),
+        cos,
+        sin,
+        n_head=config.n_head,
+        n_kv_head=config.n_kv_head,
+        eps=config.norm_eps,
+    )
+    branch = F.linear(attend(q, k, v).flatten(2), weights.attn_proj)
+    residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
+    return residual, ops.squared_relu_mlp(x, weights.mlp_fc, weights.mlp_proj)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, ops: Operators, attention_backend: str) -> None:
         super().__init__()
@@ -117,27 +161,28 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, residual: Tensor, branch: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) residual and branch -> the same two, one block later.
-
-        cos, sin: fp32 (>= T, D/2).
-        """
-        config, ops = self.config, self.ops
-        residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
-        q, k, v = ops.rotary_qk_norm(
-            F.linear(x, self.attn.packed_qkv()),
-            cos,
-            sin,
-            n_head=config.n_head,
-            n_kv_head=config.n_kv_head,
-            eps=config.norm_eps,
+    def weights(self) -> BlockWeights:
+        attn, mlp = self.attn, self.mlp
+        return BlockWeights(
+            attn.packed_qkv(), attn.c_proj.weight, mlp.c_fc.weight, mlp.c_proj.weight
         )
-        y = attention(q, k, v, backend=self.attention_backend)
-        branch = self.attn.c_proj(y.flatten(2))
-        residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
-        return residual, self.mlp.c_proj(ops.linear_squared_relu(x, self.mlp.c_fc.weight))
+
+    def forward(
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents | None = None,
+        *,
+        attend: Attend | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`block_forward` with this block's weights, and its attention unless another is given."""
+        if attend is None:
+            attend = partial(attention, backend=self.attention_backend, documents=documents)
+        return block_forward(
+            self.config, self.ops, attend, self.weights(), residual, branch, cos, sin
+        )
 
 
 class Embedding(nn.Embedding):
@@ -169,9 +214,11 @@ class Head(nn.Module):
         branch: Tensor,
         targets: Tensor | None = None,
         reduction: str = "sum",
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Without targets: fp32 logits (B, T, V). With targets (B, T) int64, -1 ignored: the loss
-        in nats, fp32: its sum, or (B, T) values with reduction="none" (no gradient)."""
+        in nats, fp32: its sum, of each token's times its weight if there are weights (B, T) fp32;
+        or (B, T) values with reduction="none" (no gradient)."""
         config, ops = self.config, self.ops
         _, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
         if targets is None:
@@ -183,6 +230,7 @@ class Head(nn.Module):
             targets.flatten(),
             softcap=config.softcap,
             reduction=reduction,
+            weights=None if weights is None else weights.flatten(),
         )
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -213,19 +261,39 @@ class GPT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer["h"]
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
-        """ids (B, T) integers; see Head.forward for what comes back."""
-        T = ids.shape[1]
-        if len(self.cos) < T:
-            raise ValueError(f"{T} positions, but the rotary table holds {len(self.cos)}")
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "sum",
+        *,
+        weights: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """ids (B, T) integers; see Head.forward for targets, weights and what comes back.
+
+        documents: the B T tokens in order are these sequences; each is computed as if it were
+        alone in a row.
+        """
+        B, T = ids.shape
+        longest = T if documents is None else documents.longest
+        if len(self.cos) < longest:
+            raise ValueError(f"{longest} positions, but the rotary table holds {len(self.cos)}")
+        if documents is None:
+            cos, sin = self.cos[:T], self.sin[:T]
+        else:
+            # One row of all tokens, each with the angles of its position in its document.
+            ids = ids.reshape(1, B * T)
+            positions = documents.positions(B * T)
+            cos, sin = self.cos[positions], self.sin[positions]
         residual = self.transformer["wte"](ids)
-        # Zeros, so that the first block is the same compiled code as every other; reading them
-        # is 0.01 % of a d20 step's bytes.
-        branch = torch.zeros_like(residual)
-        cos, sin = self.cos[:T], self.sin[:T]
+        # Zeros that want a gradient if the residual does: so the first block is the same compiled
+        # code as every other; reading them is 0.01 % of a d20 step's bytes.
+        branch = torch.zeros_like(residual, requires_grad=residual.requires_grad)
         for block in self.blocks:
-            residual, branch = block(residual, branch, cos, sin)
-        return self.lm_head(residual, branch, targets, reduction)
+            residual, branch = block(residual, branch, cos, sin, documents)
+        residual, branch = (x.view(B, T, -1) for x in (residual, branch))
+        return self.lm_head(residual, branch, targets, reduction, weights)
 
     def initial_values(
         self, generator: torch.Generator | None = None
@@ -283,15 +351,19 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: GPTConfig, *, causal: bool = False) -> int:
+def flops_per_token(
+    config: GPTConfig, *, causal: bool = False, context: float | None = None
+) -> int:
     """FLOPs of forward and backward for one token: the only formula there is.
 
     6 for every parameter but the embedding's, and 12 L H D T for attention's products. The
     report's formula counts the whole T x T square (d20: 3,491,758,080); causal=True counts the
-    half that a causal kernel must compute.
+    half that a causal kernel must compute. context: T, if it is not sequence_len; for packed
+    documents the mean over tokens of their document's length.
     """
     counts = parameter_counts(config)
-    square = 12 * config.n_layer * config.n_head * config.head_dim * config.sequence_len
+    T = config.sequence_len if context is None else context
+    square = int(12 * config.n_layer * config.n_head * config.head_dim * T)
     return 6 * (counts["blocks"] + counts["head"]) + (square // 2 if causal else square)
 
 

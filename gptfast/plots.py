@@ -4,9 +4,12 @@ from pathlib import Path
 
 from gptfast.metrics import read_rows
 
+_LABELS = {"val_bpb": "bits per byte", "val_loss": "loss, nats a token"}
+
 
 def plot_run(folder: Path, title: str) -> Path:
-    """Loss and bits per byte against tokens; writes and returns folder/curves.png."""
+    """Loss or reward, and every figure of the evaluations, against tokens, or steps where their
+    tokens are not known; writes and returns folder/curves.png."""
     # Imported here: the first import builds a font cache, which a run without pictures need not
     # wait for. No pyplot: it would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,16 +21,25 @@ def plot_run(folder: Path, title: str) -> Path:
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    millions = [row["tokens"] / 1e6 for row in steps]
-    left.plot(millions, [row["loss"] for row in steps], linewidth=0.8)
-    left.set(xlabel="million tokens", ylabel="training loss, nats a token")
-    right.plot(
-        [row["tokens"] / 1e6 for row in evaluations],
-        [row["val_bpb"] for row in evaluations],
-        marker=".",
-    )
-    right.set(xlabel="million tokens", ylabel="validation, bits per byte")
+    counted = any("tokens" in row for row in steps)
+
+    def when(row: dict) -> float:
+        return row["tokens"] / 1e6 if counted else row["step"]
+
+    learned = "reward" if steps and "reward" in steps[0] else "loss"
+    left.plot([when(row) for row in steps], [row[learned] for row in steps], linewidth=0.8)
+    left.set(ylabel="mean reward" if learned == "reward" else "training loss, nats a token")
+    for name in dict.fromkeys(name for row in evaluations for name in row):
+        if name in ("kind", "step", "tokens"):
+            continue
+        # Some figures are not made at every evaluation.
+        found = [(when(row), row[name]) for row in evaluations if name in row]
+        right.plot(*zip(*found, strict=True), marker=".", label=_LABELS.get(name, name))
+    right.set(ylabel="validation")
+    if evaluations:
+        right.legend()
     for axes in (left, right):
+        axes.set(xlabel="million tokens" if counted else "steps")
         axes.grid(alpha=0.3)
     out = folder / "curves.png"
     figure.savefig(out, dpi=120)

@@ -2,17 +2,23 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from gptfast.config import BaseSettings, DataSettings
+from gptfast.chat_data import Tokens, open_mixtures, tokenise
+from gptfast.chat_data.mixture import EMBEDDED
+from gptfast.config import DataSettings
+from gptfast.config_chat import AccuracySettings, MixtureSettings
 from gptfast.data import Corpus, iter_texts, prepare_corpus, shards_for
 from gptfast.errors import UserError
 from gptfast.memory import GIB, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig, parameter_counts
 from gptfast.parallel import World
+from gptfast.tasks import Task, chat_task
+from gptfast.tasks.embedded import ChosenSums
 from gptfast.tokenizer import Tokenizer, train_tokenizer
 from kernels.cross_entropy import CHUNKS
 
@@ -52,6 +58,51 @@ def prepare_text(
     return corpus, tokenizer
 
 
+def prepare_conversations(
+    settings: MixtureSettings,
+    tokenizer: Tokenizer,
+    *,
+    train: Sequence[str],
+    val: Sequence[str],
+    val_tokens: int,
+    max_tokens: int,
+    world: World,
+    say: Callable[[str], None],
+) -> tuple[Tokens, Tokens]:
+    """The tokens of the training and of the validation conversations, of the latter about
+    val_tokens; each conversation cut after max_tokens. train, val: parts of the reference's
+    mixtures, for where the settings name none.
+
+    One process a node does the work, the others find it done.
+    """
+    with world.node_leader_first() as first:
+        mixtures = open_mixtures(settings, train=train, val=val, progress=first)
+        on_disk = partial(
+            tokenise,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            cache=settings.cache,
+            progress=first,
+        )
+        found = on_disk(mixtures.train), on_disk(mixtures.val, most=val_tokens)
+    for name, tokens in zip(("training", "validation"), found):
+        say(f"{name}: {len(tokens):,} conversations, {len(tokens.codes):,} tokens")
+    return found
+
+
+def prepare_questions(
+    settings: AccuracySettings, mixture: MixtureSettings, world: World
+) -> dict[str, Task]:
+    """The tasks whose accuracy is wanted, by name, from where the mixture is from."""
+    with world.node_leader_first() as first:
+        return {
+            name: ChosenSums(split="val")
+            if name == EMBEDDED
+            else chat_task(name, data=mixture.chat_data, cache=mixture.cache, progress=first)
+            for name in settings.accuracy_of
+        }
+
+
 def _load_or_train(
     settings: DataSettings, corpus: Corpus, vocab_size: int, say: Callable[[str], None]
 ) -> Tokenizer:
@@ -68,16 +119,15 @@ def _load_or_train(
     return tokenizer
 
 
-def check_memory(settings: BaseSettings, config: GPTConfig, accumulation: int, world: World) -> str:
-    """One line with the estimate of this run's GPU memory; UserError if it cannot fit, with the
-    largest device batch that should."""
+def check_memory(config: GPTConfig, batch: int, accumulation: int, world: World) -> str:
+    """One line with the estimate of a run's GPU memory; UserError if it cannot fit, with the
+    largest device batch that should. batch: sequences in one forward + backward of one GPU."""
     shared = {
         "shards": world.local_size,
         "accumulates": accumulation > 1,
         "logits_chunks": CHUNKS,
         "bytes_per_value": 2 if world.device.type == "cuda" else 4,
     }
-    batch = settings.optim.device_batch_size
     estimate = estimate_memory(config, device_batch_size=batch, **shared)
     if world.device.type != "cuda":
         return f"memory: about {estimate} a process"

@@ -2,10 +2,10 @@
 
 import itertools
 import json
+import math
 import os
-import platform
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -14,10 +14,16 @@ from pathlib import Path
 
 import torch
 
+from gptfast.checkpoint_files import MANIFEST, list_steps, step_folder
 from gptfast.errors import UserError
 from gptfast.loop import Summary, TrainingDivergedError
+from gptfast.machine import describe_machine
 from gptfast.parallel import World
 from gptfast.plots import plot_run
+
+STAGES = ("base", "mid", "sft", "rl")
+# A run's folder by default: base-d20, base-d20-2.
+_DEFAULT_NAME = re.compile(rf"({'|'.join(STAGES)})-d(\d+)(-\d+)?")
 
 
 def exit_code(recipe: Callable[[], None]) -> int:
@@ -76,22 +82,65 @@ def _default_folder(first: Path, *, resume: bool) -> Path:
     raise AssertionError("unreachable")
 
 
+def find_run(source: str | Path, runs: Path = Path("runs")) -> Path:
+    """The run that is meant: its folder, or of a stage (base, mid, sft, rl) the best one in `runs`.
+
+    That is the one of the largest depth that has a checkpoint; of several, the one whose newest
+    checkpoint is newest. UserError, with what is there, if there is none.
+    """
+    folder = Path(source)
+    if _holds_a_run(folder) or (folder / "checkpoints").is_dir():
+        return folder
+    names = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+    found = [match for name in names if (match := _DEFAULT_NAME.fullmatch(name))]
+    there = f"{runs} has {', '.join(match[0] for match in found) or 'no runs'}"
+    stage = str(source)
+    if stage not in STAGES:
+        raise UserError(
+            f"{folder} is no run's folder; give one, or a stage ({', '.join(STAGES)}): {there}"
+        )
+    ages = {
+        runs / match[0]: (int(match[2]), written)
+        for match in found
+        if match[1] == stage and (written := _newest_checkpoint(runs / match[0])) is not None
+    }
+    if not ages:
+        raise UserError(f"no run of the stage {stage} with a checkpoint: {there}")
+    return max(ages, key=ages.__getitem__)
+
+
+def stage_of(run: Path) -> str:
+    """The stage that a run's folder is named after, otherwise its name."""
+    name = run.resolve().name
+    match = _DEFAULT_NAME.fullmatch(name)
+    return match[1] if match else name
+
+
+def _newest_checkpoint(run: Path) -> float | None:
+    """When it was complete, in seconds; None if there is none."""
+    root = run / "checkpoints"
+    written = [step_folder(root, step) / MANIFEST for step in list_steps(root)]
+    return max((path.stat().st_mtime for path in written if path.is_file()), default=None)
+
+
 def end_run(
     folder: Path, summary: Summary, world: World, *, title: str, say: Callable[[str], None]
 ) -> None:
     """Write summary.json and curves.png (rank 0), and say how it went and where everything lies."""
     if not world.is_main:
         return
-    write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", {**asdict(summary), "ended": timestamp()})
     if summary.stopped:
         command = resume_command(folder)
         say(f"stopped after step {summary.step}; continue with:\n  {command}")
     else:
         before, after = summary.evaluations[0], summary.evaluations[-1]
+        names = [n for n in after if n in before and n not in ("step", "tokens")]
+        figures = ", ".join(f"{n} {before[n]:.4f} -> {after[n]:.4f}" for n in names)
+        speed = summary.tokens_per_second
+        speed = "" if math.isnan(speed) else f", {speed:,.0f} tokens/s"
         say(
-            f"done: {summary.step} steps in {summary.training_seconds:.1f} s, "
-            f"{summary.tokens_per_second:,.0f} tokens/s; validation "
-            f"{before['val_bpb']:.4f} -> {after['val_bpb']:.4f} bits per byte; "
+            f"done: {summary.step} steps in {summary.training_seconds:.1f} s{speed}; {figures}; "
             f"{summary.skipped_steps} step(s) skipped"
         )
     lies = {
@@ -122,50 +171,21 @@ def write_json(path: Path, value: object) -> None:
 def write_section(folder: Path, title: str, body: str) -> None:
     """One section of the training report: base-model-loss.md for "Base model loss"."""
     path = folder / f"{title.lower().replace(' ', '-')}.md"
-    time = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    path.write_text(f"## {title}\n\ntimestamp: {time}\n\n{body}", encoding="utf-8")
+    path.write_text(f"## {title}\n\ntimestamp: {timestamp()}\n\n{body}", encoding="utf-8")
 
 
 def environment(world: World) -> dict:
     """What a figure of this run depends on besides its settings."""
-    on_gpu = world.device.type == "cuda"
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "started": timestamp(),
         "processes": world.size,
         "nodes": world.nodes,
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
-        "cpu_count": os.cpu_count(),
+        **describe_machine(),
+        "device": "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device),
     }
 
 
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        # No git, or no checkout: the commit is unknown.
-        return None
-    return done.stdout.strip()
-
-
-def _version(module: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(module)
-    except metadata.PackageNotFoundError:
-        return None
+def timestamp() -> str:
+    """Now, as runs record it."""
+    return datetime.now().strftime("%Y-%m-%d %H:%M:%S")

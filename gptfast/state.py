@@ -1,16 +1,26 @@
 """Everything that must survive a run's end for it to go on bit for bit, in one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from gptfast.checkpoint import Checkpointer
-from gptfast.data import BatchLoader, reshard_states
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.optim import Optimizer
 from gptfast.parallel import World
+
+
+class ResumableLoader(Protocol):
+    """What is asked of data that a run can go on with where it stopped; see data.BatchLoader."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def load_resharded(self, states: Sequence[dict]) -> str: ...
 
 
 class RunState:
@@ -22,7 +32,7 @@ class RunState:
         world: World,
         model: GPT,
         optimizer: Optimizer,
-        loader: BatchLoader,
+        loader: ResumableLoader,
         folder: Path,
         keep: int,
         meta: dict,
@@ -67,12 +77,8 @@ class RunState:
             self.loader.load_state_dict(rank_state["loader"])
             _set_random_states(rank_state, self.world.device)
         else:
-            say(
-                f"checkpoint of {len(rank_state)} processes on {self.world.size}: every rank goes "
-                "on at a row group that none has begun"
-            )
-            positions = reshard_states([each["loader"] for each in rank_state], self.world.size)
-            self.loader.load_state_dict(positions[self.world.rank])
+            where = self.loader.load_resharded([each["loader"] for each in rank_state])
+            say(f"checkpoint of {len(rank_state)} processes on {self.world.size}: {where}")
         say(f"resumed after step {step}")
         return step
 

@@ -108,8 +108,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The loss of these steps is NaN, and so is every gradient."""
     forward, step = GPT.forward, iter(range(10**9))
 
-    def poisoned(self, ids, targets=None, reduction="sum"):
-        loss = forward(self, ids, targets, reduction)
+    def poisoned(self, ids, targets=None, reduction="sum", **options):
+        loss = forward(self, ids, targets, reduction, **options)
         return loss * math.nan if next(step) in steps else loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)

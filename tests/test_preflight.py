@@ -10,7 +10,6 @@ import torch
 
 from gptfast import preflight
 from gptfast.config import (
-    BaseSettings,
     DataSettings,
     ModelSettings,
     OptimSettings,
@@ -52,7 +51,7 @@ def test_too_little_gpu_memory_is_told_with_what_fits(monkeypatch, gib, advice):
     )
     world = SimpleNamespace(device=torch.device("cuda", 0), local_size=8)
     with pytest.raises(UserError, match=rf"32 sequences of 2048.*has {gib}\.0 GiB; {advice}"):
-        preflight.check_memory(BaseSettings(), D20, 1, world)
+        preflight.check_memory(D20, 32, 1, world)
 
 
 def test_a_full_disk_is_told_with_the_numbers(monkeypatch, tmp_path):
@@ -65,19 +64,18 @@ def test_a_full_disk_is_told_with_the_numbers(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_the_reports_batch_is_accumulated_over_fewer_gpus(world):
-    assert accumulation_steps(BaseSettings(), world) == 8 // world
+    assert accumulation_steps(OptimSettings(), 2048, world) == 8 // world
 
 
 def test_a_total_batch_that_the_world_does_not_divide_names_the_nearest():
-    settings = BaseSettings(optim=OptimSettings(total_batch_size=500_000))
     with pytest.raises(UserError, match=r"131072 tokens that 2 process.*393216 or 524288"):
-        accumulation_steps(settings, 2)
+        accumulation_steps(OptimSettings(total_batch_size=500_000), 2048, 2)
 
 
 @pytest.mark.parametrize("processes", range(1, 9))
 def test_the_preset_without_a_gpu_fits_any_number_of_processes(processes):
     settings = preset(on_gpu=False, processes=processes)
-    assert accumulation_steps(settings, processes) == 1
+    assert accumulation_steps(settings.optim, settings.model.sequence_len, processes) == 1
     assert settings.data.data == "embedded"
 
 

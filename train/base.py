@@ -15,18 +15,15 @@ import torch
 import tyro
 
 from gptfast import hardware, parallel
-from gptfast.attention import choose_attention
 from gptfast.config import BaseSettings, accumulation_steps, preset
 from gptfast.data import BatchLoader
 from gptfast.evaluate.base import BaseEvaluation, first_documents
-from gptfast.loop import Plan, Trainer
-from gptfast.metrics import MetricsLog
-from gptfast.model import GPT, GPTConfig, flops_per_token, parameter_counts
-from gptfast.optim import build_optimizer
-from gptfast.preflight import check_disk, check_memory, prepare_text
-from gptfast.run import end_run, exit_code, open_run_folder
-from gptfast.schedule import horizon, learning_rate_multiplier, muon_momentum
-from gptfast.state import RunState
+from gptfast.loop import Plan
+from gptfast.model import GPTConfig, flops_per_token, parameter_counts
+from gptfast.preflight import prepare_text
+from gptfast.run import exit_code
+from gptfast.schedule import horizon, muon_momentum
+from gptfast.stage import Stage, learning_rate
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
 
 
 def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], None]) -> None:
-    optim, system, run = settings.optim, settings.system, settings.run
+    optim, run = settings.optim, settings.run
     say(hardware.describe(world.device))
 
     # 1. What to train, and for how long.
@@ -61,15 +58,8 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
     )
 
     # 2. Everything that can be wrong is found, and everything needed fetched, before step 0.
-    name = f"base-d{settings.model.depth}"
-    folder = open_run_folder(run.out, name, settings, world, resume=run.resume)
-    check_disk(folder, run.keep, config)
-    say(check_memory(settings, config, plan.accumulation, world))
-    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    attention = choose_attention(
-        system.attention, world.device, dtype, config.head_dim, deterministic=system.deterministic
-    )
-    say(f"attention: {attention.backend} ({attention.reason}); kernels: {system.kernels}")
+    stage = Stage("base", settings, config, world, say)
+    stage.check(device_batch_size=optim.device_batch_size, accumulation=plan.accumulation)
     corpus, tokenizer = prepare_text(
         settings.data,
         vocab_size=config.vocab_size,
@@ -78,17 +68,8 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         say=say,
     )
 
-    # 3. Model, optimizer, batches, and what evaluates and saves them.
-    make_gpt = partial(GPT, config, kernels=system.kernels, attention_backend=attention.backend)
-    model = parallel.build_sharded(
-        make_gpt,
-        world,
-        compute_dtype=dtype,
-        reshard_after_forward=system.reshard_after_forward,
-        compile_blocks=system.compile,
-        seed=system.seed,
-    )
-    optimizer = build_optimizer(model, optim)
+    # 3. Model, optimizer, batches, and what evaluates.
+    stage.build()
     make_loader = partial(
         BatchLoader,
         tokenizer=tokenizer,
@@ -98,55 +79,25 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         world_size=world.size,
         device=world.device,
     )
-    loader = make_loader(corpus.train)
     val_text = first_documents(corpus.val, tokenizer, tokens=run.eval_tokens, at_least=world.size)
     evaluation = BaseEvaluation(
         world=world,
-        model=model,
-        make_replica=make_gpt,
+        model=stage.model,
+        make_replica=stage.make_gpt,
         make_loader=partial(make_loader, val_text, epochs=1),
         tokenizer=tokenizer,
-        dtype=dtype,
-    )
-    state = RunState(
-        world=world,
-        model=model,
-        optimizer=optimizer,
-        loader=loader,
-        folder=folder / "checkpoints",
-        keep=run.keep,
-        meta={"model_config": config.to_dict(), "tokenizer": tokenizer.fingerprint},
+        dtype=stage.dtype,
     )
 
     # 4. Train.
-    start_step = state.restore(say) if run.resume else 0
-    log = MetricsLog(
-        folder,
-        active=world.is_main,
-        start_step=start_step,
-        total_steps=plan.total_steps,
-        sinks=run.log_to,
-        settings=settings,
-    )
-    trainer = Trainer(
-        world=world,
-        model=model,
-        optimizer=optimizer,
-        loader=loader,
-        plan=plan,
-        log=log,
-        checkpointer=state.checkpointer,
-        save=state.save,
+    stage.train(
+        plan,
+        make_loader(corpus.train),
+        tokenizer,
         evaluate=evaluation.validate,
         sample=evaluation.sample,
+        title=f"d{settings.model.depth} on {corpus.name}",
     )
-    try:
-        summary = trainer.run(start_step)
-    finally:
-        log.close()
-        loader.close()
-    state.checkpointer.close()
-    end_run(folder, summary, world, title=f"d{settings.model.depth} on {corpus.name}", say=say)
 
 
 def make_plan(settings: BaseSettings, config: GPTConfig, world: parallel.World) -> Plan:
@@ -163,16 +114,10 @@ def make_plan(settings: BaseSettings, config: GPTConfig, world: parallel.World) 
     )
     return Plan(
         total_steps=total_steps,
-        accumulation=accumulation_steps(settings, world.size),
+        accumulation=accumulation_steps(optim, config.sequence_len, world.size),
         tokens_per_step=optim.total_batch_size,
         flops_per_token=flops_per_token(config),
-        learning_rate_multiplier=partial(
-            learning_rate_multiplier,
-            total_steps=total_steps,
-            warmup_ratio=optim.warmup_ratio,
-            warmdown_ratio=optim.warmdown_ratio,
-            final_fraction=optim.final_lr_frac,
-        ),
+        learning_rate_multiplier=learning_rate(optim, total_steps),
         momentum=muon_momentum,
         eval_every=run.eval_every,
         sample_every=run.sample_every,

@@ -10,13 +10,16 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from gptfast.batch import Batch
 from gptfast.data.parquet import RowGroup, read_documents
 from gptfast.data.prefetch import Prefetch
+from gptfast.data.staging import StagedBatches
 from gptfast.errors import UserError
 
 # Chunks of at most 1,024 documents that wait to be packed.
@@ -42,24 +45,12 @@ class Position(NamedTuple):
     token: int = 0
 
 
-class _Packed(NamedTuple):
-    """One batch before it is cut in two.
+class _Run(NamedTuple):
+    """Of B*T + 1 tokens that make a batch, `count` are of the stream, the rest is padding; the last
+    of them is `after`, which the next batch begins with."""
 
-    tokens: (B*T + 1,) int32; count of them are of the stream, the rest is padding.
-    after: the last of them, which the next batch begins with.
-    """
-
-    tokens: torch.Tensor
     count: int
     after: Position
-
-
-class _Batch(NamedTuple):
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    after: Position
-    # Recorded when the copy to the GPU is done; None elsewhere.
-    copied: torch.cuda.Event | None
 
 
 class BatchLoader:
@@ -109,7 +100,7 @@ class BatchLoader:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._epochs, self._threads, self._prefetch = epochs, threads, prefetch
         self._next = Position()
-        self._batches: Prefetch[_Batch] | None = None
+        self._batches: StagedBatches[_Run] | None = None
         self.wait_seconds = 0.0
 
     @property
@@ -124,25 +115,20 @@ class BatchLoader:
         if self._batches is None:
             self._batches = self._start()
         begin = time.perf_counter()
-        inputs, targets, self._next, copied = next(self._batches)
+        batch, run = next(self._batches)
         self.wait_seconds += time.perf_counter() - begin
-        if copied is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(copied)
-            # They were allocated on the copying stream: their memory is not to be used again
-            # there before this stream is done with them.
-            inputs.record_stream(stream)
-            targets.record_stream(stream)
-        return inputs, targets
+        self._next = run.after
+        return batch.inputs, batch.targets
 
-    def _start(self) -> Prefetch[_Batch]:
+    def _start(self) -> StagedBatches[_Run]:
         # The threads hold these arguments and nothing of the loader, so that it can be collected.
         chunks = Prefetch(
             token_chunks(self._units, self._tokenizer, self._threads, self._next, self._epochs),
             depth=_CHUNKS_AHEAD,
         )
         packed = _pack(chunks, self._shape[0] * self._shape[1], self._device, self._epochs)
-        return Prefetch(_stage(packed, self._shape, self._device), depth=self._prefetch)
+        split = partial(_split, self._shape)
+        return StagedBatches(packed, split, self._device, depth=self._prefetch)
 
     def close(self) -> None:
         """End the threads. The next `next()` would start them again at the same place."""
@@ -184,6 +170,11 @@ class BatchLoader:
             )
         self.close()
         self._next = Position(*(state[field] for field in Position._fields))
+
+    def load_resharded(self, states: Sequence[dict[str, object]]) -> str:
+        """Continue from the states of all ranks of another world size; where, in words."""
+        self.load_state_dict(reshard_states(states, self._world_size)[self._rank])
+        return "every rank goes on at a row group that none has begun"
 
 
 def share(row_groups: Sequence[RowGroup], rank: int, world_size: int) -> list[RowGroup]:
@@ -284,7 +275,7 @@ def _pack(
     batch_tokens: int,
     device: torch.device,
     epochs: int | None,
-) -> Iterator[_Packed]:
+) -> Iterator[tuple[torch.Tensor, _Run]]:
     """Cut the stream into runs of batch_tokens + 1 that overlap by one token."""
     pin = device.type == "cuda"
 
@@ -300,29 +291,17 @@ def _pack(
             run.numpy()[count : count + taken] = tokens[used : used + taken]
             used, count = used + taken, count + taken
             if count == batch_tokens + 1:
-                yield _Packed(run, count, position._replace(token=position.token + used - 1))
+                yield run, _Run(count, position._replace(token=position.token + used - 1))
                 last = int(run[-1])
                 run, count = new_run(), 1
                 run[0] = last
     # One token alone has no target.
     if count > 1:
-        yield _Packed(run, count, Position(epochs))
+        yield run, _Run(count, Position(epochs))
 
 
-def _stage(
-    packed: Iterator[_Packed], shape: tuple[int, int], device: torch.device
-) -> Iterator[_Batch]:
-    """Copy to the device, on a stream of its own on a GPU, and cut into inputs and targets."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        # A thread begins on GPU 0, whatever the process uses.
-        torch.cuda.set_device(device)
-    stream = torch.cuda.Stream(device) if on_gpu else None
-    for tokens, count, after in packed:
-        with torch.cuda.stream(stream):
-            run = tokens.to(device, non_blocking=True)
-            inputs = run[:-1].view(shape)
-            targets = run[1:].to(torch.int64)
-            targets[count - 1 :] = -1
-            copied = stream.record_event() if on_gpu else None
-        yield _Batch(inputs, targets.view(shape), after, copied)
+def _split(shape: tuple[int, int], tokens: torch.Tensor, run: _Run) -> Batch:
+    """(B*T + 1,) tokens as inputs and, one further, targets."""
+    targets = tokens[1:].to(torch.int64)
+    targets[run.count - 1 :] = -1
+    return Batch(tokens[:-1].view(shape), targets.view(shape))

@@ -79,7 +79,7 @@ def prepare_corpus(
         train, val = fineweb.fetch_fineweb(cache / spec, train_shards, progress=progress)
         corpus = Corpus(spec, _all_groups(train), _all_groups([val]))
     elif spec == "embedded":
-        folder = _build_once(cache / f"{embedded.NAME}-{_FORMAT}", embedded.write_embedded)
+        folder = build_once(cache / f"{embedded.NAME}-{_FORMAT}", embedded.write_embedded)
         corpus = Corpus(
             spec, *(row_groups(folder / f"{split}.parquet") for split in ("train", "val"))
         )
@@ -104,7 +104,7 @@ def _corpus_of_files(path: Path, cache: Path, validation: str | None, progress: 
     states = [(str(file.absolute()), *_size_and_time(file)) for file in sources]
     digest = hashlib.sha256(json.dumps([_FORMAT, states]).encode()).hexdigest()[:16]
     build = partial(_convert_and_check, sources, progress=progress)
-    folder = _build_once(cache / f"{path.name or 'root'}-{digest}", build)
+    folder = build_once(cache / f"{path.name or 'root'}-{digest}", build)
     counts = json.loads((folder / "counts.json").read_text())
     if counts["documents"] < 2:
         raise UserError(
@@ -185,7 +185,7 @@ def _convert_and_check(files: list[Path], folder: Path, progress: bool) -> None:
     (folder / "counts.json").write_text(json.dumps(record) + "\n")
 
 
-def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """The folder, built in a scratch folder and renamed if it does not exist yet."""
     if not folder.exists():
         scratch = folder.with_name(f".build-{uuid.uuid4().hex}")

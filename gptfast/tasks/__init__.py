@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptfast.errors import UserError
 from gptfast.tasks.arc import ARC
-from gptfast.tasks.common import Conversation, Task, TaskMixture, TaskSequence, render_mc
+from gptfast.tasks.common import Task, TaskMixture, TaskSequence, render_mc
 from gptfast.tasks.conversations import Conversations, smoltalk
 from gptfast.tasks.gsm8k import GSM8K
 from gptfast.tasks.hub import fetch
@@ -18,7 +18,6 @@ __all__ = [
     "CHAT_TASKS",
     "GSM8K",
     "MMLU",
-    "Conversation",
     "Conversations",
     "HumanEval",
     "Task",
@@ -40,11 +39,12 @@ CHAT_TASKS: dict[str, tuple[str, Callable[[Path], Task]]] = {
 }
 
 
-def chat_task(name: str, *, data: Path | None, cache: Path) -> Task:
+def chat_task(name: str, *, data: Path | None, cache: Path, progress: bool = False) -> Task:
     """A task of the chat evaluation, from the folder `data`, or fetched if that is None.
 
     Args:
         data: holds the folders arc, mmlu, gsm8k and humaneval, laid out as on the Hub.
+        progress: show a bar of fetched files on stderr.
 
     Raises:
         UserError: for an unknown name, or data that cannot be read or fetched.
@@ -52,4 +52,6 @@ def chat_task(name: str, *, data: Path | None, cache: Path) -> Task:
     if name not in CHAT_TASKS:
         raise UserError(f"no chat task {name!r}; there are {', '.join(CHAT_TASKS)}")
     folder, make = CHAT_TASKS[name]
-    return make(fetch(folder, cache) if data is None else data.expanduser() / folder)
+    if data is None:
+        return make(fetch(folder, cache, progress=progress))
+    return make(data.expanduser() / folder)

@@ -7,7 +7,8 @@ Source: allenai/ai2_arc. Splits train (2,251 easy, 1,119 challenging), validatio
 from pathlib import Path
 from typing import Literal
 
-from gptfast.tasks.common import Conversation, MultipleChoice, read_split, render_mc
+from gptfast.conversation import Conversation
+from gptfast.tasks.common import MultipleChoice, read_split, render_mc
 
 
 class ARC(MultipleChoice):

@@ -1,6 +1,8 @@
 """What a task is: numbered conversations and, where they are questions, how answers are scored."""
 
 import copy
+import hashlib
+import json
 import random
 from abc import abstractmethod
 from bisect import bisect_right
@@ -13,15 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gptfast.conversation import Conversation
 from gptfast.errors import UserError
 
-# {"messages": [{"role", "content"}, ...]}: the last message is the right answer. Its content is
-# text or a list of parts {"type", "text"}. A categorical question has "letters", too.
-Conversation = dict[str, Any]
 EvalType = Literal["categorical", "generative"]
-
-# The types of parts: text, a call of the calculator, and what the calculator said.
-TEXT, PYTHON, PYTHON_OUTPUT = "text", "python", "python_output"
 
 _HUB_SHUFFLE_SEED = 42
 _MIXTURE_SEED = 42
@@ -29,6 +26,9 @@ _MIXTURE_SEED = 42
 
 class Task(Sequence[Conversation]):
     """Conversations, made when they are asked for. A slice of a task is a task.
+
+    If answers are scored, the last message of a conversation is a right one; a categorical
+    question has its "letters", too.
 
     Attributes:
         eval_type: "categorical" if the answer is one of the conversation's letters, "generative"
@@ -55,6 +55,13 @@ class Task(Sequence[Conversation]):
     ) -> list[bool]:
         """`evaluate` for each pair."""
         return [self.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
+
+    def fingerprint(self) -> str:
+        """sha256 of all conversations in order: what is asked, and what is right."""
+        digest = hashlib.sha256()
+        for conversation in self:
+            digest.update(json.dumps(conversation, sort_keys=True).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -10,28 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gptfast.conversation import Conversation, problem_with, problem_with_roles
 from gptfast.errors import UserError
-from gptfast.tasks.common import (
-    PYTHON,
-    PYTHON_OUTPUT,
-    TEXT,
-    Conversation,
-    Task,
-    hub_shuffle,
-    locate,
-    read_parquet,
-    split_files,
-)
-
-_PARTS = (TEXT, PYTHON, PYTHON_OUTPUT)
+from gptfast.tasks.common import Task, hub_shuffle, locate, read_parquet, split_files
 
 
 class Conversations(Task):
-    """The rows `{"messages": [{"role": ..., "content": ...}, ...]}` of some files.
+    """The rows `{"messages": [...]}` of some files, as gptfast.conversation describes them.
 
-    After an optional system message, user and assistant take turns, the user first. A content is
-    text; the assistant's can be a list of parts `{"type": "text" | "python" | "python_output",
-    "text": ...}` where it comes from JSONL.
+    A content is text; the assistant's can be a list of parts where it comes from JSONL.
 
     Args:
         files: .jsonl or .parquet, in order.
@@ -81,7 +68,7 @@ def _read_jsonl(file: Path) -> list[list[dict[str, Any]]]:
         except ValueError as error:
             raise UserError(f"{file}, line {number} is not JSON: {error}") from error
         messages = record.get("messages") if isinstance(record, dict) else None
-        if problem := _problem_with(messages):
+        if problem := problem_with(messages):
             raise UserError(f"{file}, line {number}: {problem}")
         conversations.append(messages)
     return conversations
@@ -100,7 +87,7 @@ def _read_parquet(file: Path) -> pa.ChunkedArray:
     for chunk in column.chunks:
         if not _is_plainly_right(chunk):
             for number, messages in enumerate(chunk, start=row):
-                if problem := _problem_with(messages.as_py()):
+                if problem := problem_with(messages.as_py()):
                     raise UserError(f"{file}, row {number} (from 0): {problem}")
         row += len(chunk)
     return column
@@ -124,36 +111,4 @@ def _is_plainly_right(chunk: pa.ListArray) -> bool:
     begins = pc.subtract(chunk.offsets, chunk.offsets[0])
     turns = pa.ListArray.from_arrays(begins, roles.cast(pa.string()))
     sequences = pc.unique(pc.binary_join(turns, "\n")).to_pylist()
-    return not any(_problem_with_roles(sequence.split("\n")) for sequence in sequences)
-
-
-def _problem_with(messages: object) -> str | None:
-    """What is wrong with the messages of one conversation, or None."""
-    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
-        return 'there are no "messages", a list of objects with role and content'
-    for number, message in enumerate(messages, start=1):
-        content, role = message.get("content"), message.get("role")
-        if not (isinstance(content, str) or (role == "assistant" and _are_parts(content))):
-            return (
-                f"the content of message {number} is neither text nor, from the assistant, parts "
-                f"of the types {', '.join(_PARTS)}"
-            )
-    return _problem_with_roles([message.get("role") for message in messages])
-
-
-def _are_parts(content: object) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") in _PARTS and isinstance(part.get("text"), str)
-        for part in content
-    )
-
-
-def _problem_with_roles(roles: list[object]) -> str | None:
-    begin = 1 if roles[:1] == ["system"] else 0
-    if len(roles) - begin < 2:
-        return f"it has {len(roles) - begin} turn(s); a user's and an assistant's are needed"
-    for position, role in enumerate(roles[begin:]):
-        expected = ("user", "assistant")[position % 2]
-        if role != expected:
-            return f"message {begin + position + 1} has the role {role!r}, not {expected!r}"
-    return None
+    return not any(problem_with_roles(sequence.split("\n")) for sequence in sequences)

@@ -7,7 +7,8 @@ calculator as it goes, `<<12/60=0.2>>`, and ends with `#### 10`.
 import re
 from pathlib import Path
 
-from gptfast.tasks.common import PYTHON, PYTHON_OUTPUT, TEXT, Conversation, HubTask, read_split
+from gptfast.conversation import PYTHON, PYTHON_OUTPUT, TEXT, Conversation
+from gptfast.tasks.common import HubTask, read_split
 
 _CALL = re.compile(r"<<([^>]+)>>")
 _RESULT = re.compile(r"#### (-?[0-9.,]+)")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptfast.conversation import Conversation
 from gptfast.sandbox import run_many, run_program
-from gptfast.tasks.common import Conversation, HubTask, read_split
+from gptfast.tasks.common import HubTask, read_split
 
 _COLUMNS = ["prompt", "canonical_solution", "test", "entry_point"]
 _CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)

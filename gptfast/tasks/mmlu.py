@@ -9,7 +9,8 @@ from typing import Literal
 
 import pyarrow as pa
 
-from gptfast.tasks.common import Conversation, MultipleChoice, read_split, render_mc
+from gptfast.conversation import Conversation
+from gptfast.tasks.common import MultipleChoice, read_split, render_mc
 
 _LETTERS = ["A", "B", "C", "D"]
 _COLUMNS = ["question", "subject", "choices", "answer"]

@@ -1,0 +1,180 @@
+"""What chat models are trained on: parts with weights, in one deterministic order.
+
+A part is written NAME, NAME[:N] (N of its conversations), NAME:W (W times) or NAME[:N]:W.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from gptfast.config_chat import MixtureSettings
+from gptfast.errors import UserError
+from gptfast.tasks import ARC, GSM8K, MMLU, Conversations, Task, TaskMixture, fetch, smoltalk
+from gptfast.tasks import embedded as embedded_task
+
+# The reference's (nanochat d6d86cb): 567,656 and 20,843 conversations to train on.
+MID_TRAIN = ("smoltalk", "mmlu", "gsm8k")
+MID_VAL = ("smoltalk", "mmlu[:5200]", "gsm8k[:420]")
+SFT_TRAIN = ("arc-easy", "arc-challenge", "gsm8k", "smoltalk[:10000]")
+SFT_VAL = ("smoltalk",)
+
+EMBEDDED = "embedded"
+# name -> (folder as in gptfast.tasks.fetch, training task, validation task).
+_NAMED: dict[str, tuple[str, Callable[[Path], Task], Callable[[Path], Task]]] = {
+    "smoltalk": (
+        "smoltalk",
+        partial(smoltalk, split="train"),
+        partial(smoltalk, split="test"),
+    ),
+    "mmlu": (
+        "mmlu",
+        partial(MMLU, subset="auxiliary_train", split="train"),
+        partial(MMLU, subset="all", split="test"),
+    ),
+    "gsm8k": ("gsm8k", partial(GSM8K, split="train"), partial(GSM8K, split="test")),
+    **{
+        name.lower(): (
+            "arc",
+            partial(ARC, subset=name, split="train"),
+            partial(ARC, subset=name, split="test"),
+        )
+        for name in ("ARC-Easy", "ARC-Challenge")
+    },
+}
+_PART = re.compile(r"(?P<name>.+?)(\[:(?P<limit>\d+)\])?(:(?P<weight>\d+(\.\d+)?))?")
+
+# Of a mixture without a validation of its own, this share is held out, at most so many.
+_HELD_OUT_SHARE = 50
+_HELD_OUT_MOST = 500
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a mixture. limit: of its conversations, the first so many after shuffling; None:
+    all. weight: how often each is in the mixture; a fraction takes a share of them."""
+
+    name: str
+    limit: int | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        found = _PART.fullmatch(text)
+        limit, weight = (found["limit"], found["weight"]) if found else (None, None)
+        part = cls(
+            found["name"] if found else text,
+            None if limit is None else int(limit),
+            1.0 if weight is None else float(weight),
+        )
+        if not found or part.limit == 0 or part.weight == 0:
+            raise UserError(f"{text!r} is no part of a mixture: NAME, NAME[:N], NAME:W, NAME[:N]:W")
+        return part
+
+    def copies(self, task: Task) -> list[Task]:
+        """The task as often as the weight says."""
+        task = task[: self.limit]
+        whole, rest = divmod(self.weight, 1.0)
+        return [task] * int(whole) + [task[: round(rest * len(task))]]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Conversations in their order. identity: JSON of what they come from; the same as long as
+    nothing there changes."""
+
+    task: Task
+    identity: str
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    train: Mixture
+    val: Mixture
+
+
+def open_mixtures(
+    settings: MixtureSettings,
+    *,
+    train: Sequence[str],
+    val: Sequence[str],
+    progress: bool = False,
+) -> Mixtures:
+    """The mixtures that the settings name, fetched where that is needed. Call it in one process a
+    node, then in all.
+
+    train, val: the reference's, used where the settings name none.
+    UserError: for a part that does not exist or cannot be read or fetched.
+    """
+    open_parts = partial(_open, settings, progress=progress)
+    training = open_parts(settings.train or train, split="train")
+    if settings.val or not settings.train:
+        return Mixtures(training, open_parts(settings.val or val, split="val"))
+    return _hold_out(training)
+
+
+def _open(
+    settings: MixtureSettings, parts: Sequence[str], *, split: str, progress: bool
+) -> Mixture:
+    tasks, identity = [], []
+    for part in map(Part.parse, parts):
+        task, files = _open_part(settings, part.name, split=split, progress=progress)
+        tasks += part.copies(task)
+        states = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        identity.append([part.name, part.limit, part.weight, split, len(task), states])
+    mixture = TaskMixture(tasks)
+    if not len(mixture):
+        raise UserError(f"no conversation in {' '.join(parts)}")
+    return Mixture(mixture, json.dumps(identity))
+
+
+def _open_part(
+    settings: MixtureSettings, name: str, *, split: str, progress: bool
+) -> tuple[Task, list[Path]]:
+    """The part's task, and the files that it is made of."""
+    if name == EMBEDDED:
+        return embedded_task.embedded(split=split), []
+    if name not in _NAMED:
+        files = _own_files(Path(name).expanduser())
+        return Conversations(files, shuffle=True), [file.absolute() for file in files]
+    folder_name, *makers = _NAMED[name]
+    if settings.chat_data is None:
+        folder = fetch(folder_name, settings.cache, progress=progress)
+    else:
+        folder = settings.chat_data.expanduser() / folder_name
+    make = makers[0] if split == "train" else makers[1]
+    return make(folder), sorted(file.absolute() for file in folder.rglob("*.parquet"))
+
+
+def _own_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(
+            f"no conversations {path}: it is none of {', '.join([*_NAMED, EMBEDDED])}, and no such "
+            "file or folder exists"
+        )
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
+    if not files:
+        raise UserError(f"{path} has no .jsonl or .parquet at its top level")
+    return files
+
+
+def _hold_out(mixture: Mixture) -> Mixtures:
+    """The last conversations of the mixture validate. A conversation that is in it several times
+    may be on both sides."""
+    size = len(mixture.task)
+    if size < 2:
+        raise UserError("a single conversation cannot both train and validate: give more, or --val")
+    held_out = min(_HELD_OUT_MOST, max(1, size // _HELD_OUT_SHARE))
+    return Mixtures(
+        *(
+            replace(mixture, task=part, identity=f"{mixture.identity} {name} {held_out}")
+            for name, part in (
+                ("without last", mixture.task[:-held_out]),
+                ("last", mixture.task[-held_out:]),
+            )
+        )
+    )

@@ -1,0 +1,165 @@
+"""Conversations as tokens: rendered once, kept in the cache, read where they lie.
+
+ids.bin     int32: the id of a token that the assistant learns to say, ~id of any other
+ends.npy    int64: where each conversation ends in it
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from gptfast.chat_data.mixture import Mixture
+from gptfast.conversation import Conversation, render
+from gptfast.data.sources import build_once
+from gptfast.tokenizer import Tokenizer
+
+# Part of the cache's name: raise it when what is written, or how conversations are rendered,
+# changes.
+_FORMAT = 1
+# Conversations rendered at a time.
+_CHUNK = 256
+# One core renders 0.8 million tokens a second (Python 3.11, tiktoken 0.14, 2026-11-22): what is
+# smaller than this is done before other processes have started.
+_ALONE = 20_000
+
+
+class Tokens(NamedTuple):
+    """codes (N,) int32, id or ~id; ends (n,) int64: where each of n conversations ends.
+
+    identity: tells these tokens from all others.
+    """
+
+    codes: np.ndarray
+    ends: np.ndarray
+    identity: str
+
+    def __len__(self) -> int:
+        """Conversations."""
+        return len(self.ends)
+
+    def conversation(self, index: int) -> np.ndarray:
+        """(its tokens,) codes."""
+        begin = self.ends[index - 1] if index else 0
+        return self.codes[begin : self.ends[index]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: tokens of each conversation."""
+        return np.diff(self.ends, prepend=0)
+
+
+def ids_of(codes: np.ndarray) -> np.ndarray:
+    return np.where(codes < 0, ~codes, codes)
+
+
+def tokenise(
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    cache: Path,
+    most: int | None = None,
+    progress: bool = False,
+) -> Tokens:
+    """The mixture's conversations in order, each cut after max_tokens.
+
+    Call it in one process a node, then in all: the others find it done.
+
+    Args:
+        most: stop after the conversation that reaches so many tokens.
+        progress: show a bar on stderr.
+    """
+    parts = [_FORMAT, mixture.identity, tokenizer.fingerprint, max_tokens, most]
+    identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def build(folder: Path) -> None:
+        _write(folder, mixture, tokenizer, max_tokens, most, progress)
+
+    folder = build_once(cache.expanduser() / "chat_tokens" / identity[:16], build)
+    codes = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
+    return Tokens(codes, np.load(folder / "ends.npy"), identity)
+
+
+def _write(
+    folder: Path,
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    most: int | None,
+    progress: bool,
+) -> None:
+    count, lengths, written = len(mixture.task), [], 0
+    # None: where it would not be drawn over itself, there is none.
+    bar = tqdm(total=count, desc="tokens", unit="conversation", disable=None if progress else True)
+    chunks = (mixture.task[at : at + _CHUNK] for at in range(0, count, _CHUNK))
+    with bar, (folder / "ids.bin").open("wb") as file:
+        for codes, ends in _rendered(chunks, count, tokenizer, max_tokens):
+            kept = len(ends)
+            if most is not None:
+                # Up to and including the conversation that reaches it.
+                kept = min(kept, int(np.searchsorted(ends, most - written)) + 1)
+            file.write(codes[: ends[kept - 1]].tobytes())
+            lengths.append(np.diff(ends[:kept], prepend=0))
+            written += int(ends[kept - 1])
+            bar.update(kept)
+            if most is not None and written >= most:
+                break
+    np.save(folder / "ends.npy", np.concatenate(lengths).cumsum())
+
+
+def _rendered(
+    chunks: Iterable[Iterable[Conversation]], count: int, tokenizer: Tokenizer, max_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(codes, ends) of each chunk in order; many of them on all cores."""
+    if count < _ALONE:
+        for chunk in chunks:
+            yield _render_chunk(tokenizer, max_tokens, list(chunk))
+        return
+    workers = min(32, os.cpu_count() or 1)
+    # Not forked: this process has threads, and may have a GPU.
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), _start_worker, (tokenizer, max_tokens)
+    ) as pool:
+        waiting = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_render_in_worker, list(chunk)))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _render_chunk(
+    tokenizer: Tokenizer, max_tokens: int, conversations: list[Conversation]
+) -> tuple[np.ndarray, np.ndarray]:
+    codes, lengths = [], []
+    for conversation in conversations:
+        ids, mask = render(tokenizer, conversation, max_tokens=max_tokens)
+        codes.append(np.where(mask, ids, np.invert(ids)).astype(np.int32))
+        lengths.append(len(ids))
+    return np.concatenate(codes), np.cumsum(lengths)
+
+
+# Set in worker processes, once: a tokenizer is too large to come with every chunk.
+_worker: dict = {}
+
+
+def _start_worker(tokenizer: Tokenizer, max_tokens: int) -> None:
+    _worker.update(tokenizer=tokenizer, max_tokens=max_tokens)
+
+
+def _render_in_worker(conversations: list[Conversation]) -> tuple[np.ndarray, np.ndarray]:
+    return _render_chunk(_worker["tokenizer"], _worker["max_tokens"], conversations)

@@ -1,0 +1,279 @@
+"""What the stages of training have in common around their data: base, mid, sft and rl.
+
+source = Source.find(settings.start)
+stage = Stage("sft", settings, source.config, world, say)
+stage.check(device_batch_size=8, accumulation=1)
+stage.build(source)
+stage.train(plan, loader, source.tokenizer, evaluate=..., sample=..., title="...")
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from gptfast import parallel
+from gptfast.attention import choose_attention
+from gptfast.checkpoint import Checkpointer
+from gptfast.checkpoint_files import read_manifest
+from gptfast.config import LearningSettings, OptimSettings, RunSettings, SystemSettings
+from gptfast.config_chat import SourceSettings
+from gptfast.evaluate.loading import find_checkpoint, load_tokenizer
+from gptfast.ledger import Job, StepProfiler, parse_steps
+from gptfast.loop import Loader, Plan, Summary, Trainer
+from gptfast.metrics import MetricsLog
+from gptfast.model import GPT, GPTConfig, parameter_counts
+from gptfast.nvml import EnergyMeter
+from gptfast.optim import build_optimizer
+from gptfast.parallel import World
+from gptfast.preflight import check_disk, check_memory
+from gptfast.run import end_run, environment, find_run, open_run_folder
+from gptfast.schedule import learning_rate_multiplier
+from gptfast.state import ResumableLoader, RunState
+from gptfast.tokenizer import Tokenizer
+
+_BATCH_SIZES = ("device_batch_size", "total_batch_size")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a stage starts from, and what it says about its model. optim: the batch
+    sizes of its run, or the defaults if that is told nowhere."""
+
+    run: Path
+    step: int
+    config: GPTConfig
+    tokenizer: Tokenizer
+    optim: OptimSettings
+
+    @classmethod
+    def find(cls, settings: SourceSettings) -> "Source":
+        """The checkpoint and tokenizer that the settings mean. UserError if they are not there."""
+        run = find_run(settings.source)
+        checkpoint = find_checkpoint(run, settings.source_step)
+        manifest = read_manifest(checkpoint)
+        config = GPTConfig(**manifest["meta"]["model_config"])
+        tokenizer = load_tokenizer(checkpoint, settings.tokenizer)
+        return cls(run, manifest["step"], config, tokenizer, _batch_sizes(run))
+
+    def __str__(self) -> str:
+        parameters = sum(parameter_counts(self.config).values())
+        return (
+            f"{self.run}, step {self.step}: d{self.config.n_layer}, {parameters:,} parameters, "
+            f"{self.config.sequence_len} tokens of context"
+        )
+
+    def load_into(self, model: GPT, world: World) -> None:
+        """Give a model, sharded over any number of processes, the checkpoint's weights."""
+        checkpointer = Checkpointer(
+            self.run / "checkpoints",
+            keep=1,
+            process_group=world.new_host_group(),
+            rank=world.rank,
+            world_size=world.size,
+        )
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        checkpointer.load(self.step, {"model": weights}, model_config=self.config.to_dict())
+        checkpointer.close()
+
+
+def _batch_sizes(run: Path) -> OptimSettings:
+    """As in the run's settings. Runs that were converted have none."""
+    path = run / "settings.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sizes = {name: saved.get("optim", {}).get(name) for name in _BATCH_SIZES}
+    return OptimSettings(**{name: size for name, size in sizes.items() if size is not None})
+
+
+class StageSettings(Protocol):
+    """What the settings of every stage hold."""
+
+    optim: LearningSettings
+    system: SystemSettings
+    run: RunSettings
+
+
+class StageLoader(Loader, ResumableLoader, Protocol):
+    """Training data: see gptfast.data.BatchLoader."""
+
+    def close(self) -> None: ...
+
+
+class Stage:
+    """A run of one stage, from its folder to its last checkpoint.
+
+    Attributes:
+        folder: of the run.
+        make_gpt: an unsharded GPT like the one that is trained, on the current device.
+        dtype: of the weights in computations.
+        model, optimizer: from `build` on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: StageSettings,
+        config: GPTConfig,
+        world: World,
+        say: Callable[[str], None],
+        *,
+        documents: bool = False,
+    ) -> None:
+        """Open the run's folder (NAME-dDEPTH by default) and choose the attention.
+
+        documents: batches will be packed documents.
+        """
+        self.name, self.settings, self.config = name, settings, config
+        self.world, self.say = world, say
+        system, run = settings.system, settings.run
+        self._profile_steps = parse_steps(run.profile_steps) if run.profile_steps else None
+        self.folder = open_run_folder(
+            run.out, f"{name}-d{config.n_layer}", settings, world, resume=run.resume
+        )
+        self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        attention = choose_attention(
+            system.attention,
+            world.device,
+            self.dtype,
+            config.head_dim,
+            deterministic=system.deterministic,
+            documents=documents,
+        )
+        say(f"attention: {attention.backend} ({attention.reason}); kernels: {system.kernels}")
+        self.make_gpt = partial(
+            GPT, config, kernels=system.kernels, attention_backend=attention.backend
+        )
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """In the run, so that the run is all that later stages need."""
+        return (self.folder / "tokenizer").absolute()
+
+    def check(self, *, device_batch_size: int, accumulation: int) -> None:
+        """UserError unless GPU memory and disk suffice for the run."""
+        self._device_batch_size = device_batch_size
+        check_disk(self.folder, self.settings.run.keep, self.config)
+        self.say(check_memory(self.config, device_batch_size, accumulation, self.world))
+
+    def build(self, source: Source | None = None) -> None:
+        """Make the sharded model, with the source's weights if there is one, and its optimizer."""
+        system = self.settings.system
+        self.model = parallel.build_sharded(
+            self.make_gpt,
+            self.world,
+            compute_dtype=self.dtype,
+            reshard_after_forward=system.reshard_after_forward,
+            compile_blocks=system.compile,
+            seed=system.seed,
+        )
+        if source is not None and not self.settings.run.resume:
+            source.load_into(self.model, self.world)
+        self.optimizer = build_optimizer(self.model, self.settings.optim)
+
+    def train(
+        self,
+        plan: Plan,
+        loader: StageLoader,
+        tokenizer: Tokenizer,
+        *,
+        evaluate: Callable[[int], dict],
+        sample: Callable[[int], dict],
+        step_figures: Callable[[], dict[str, float]] = dict,
+        title: str,
+    ) -> Summary:
+        """Run the plan, from the newest checkpoint if that is asked for; close the loader. What
+        `evaluate`, `sample` and `step_figures` give: see Trainer. The title is that of the curves.
+        """
+        world, run = self.world, self.settings.run
+        state = RunState(
+            world=world,
+            model=self.model,
+            optimizer=self.optimizer,
+            loader=loader,
+            folder=self.folder / "checkpoints",
+            keep=run.keep,
+            meta=self._meta(tokenizer),
+        )
+        start_step = state.restore(self.say) if run.resume else 0
+        if world.is_main:
+            tokenizer.save(self.tokenizer_folder)
+        log = MetricsLog(
+            self.folder,
+            active=world.is_main,
+            start_step=start_step,
+            total_steps=plan.total_steps,
+            sinks=run.log_to,
+            settings=self.settings,
+        )
+        trainer = Trainer(
+            world=world,
+            model=self.model,
+            optimizer=self.optimizer,
+            loader=loader,
+            plan=plan,
+            log=log,
+            checkpointer=state.checkpointer,
+            save=state.save,
+            evaluate=evaluate,
+            sample=sample,
+            step_figures=step_figures,
+            profiler=self._profiler(plan),
+        )
+        meter = EnergyMeter(world.local_rank)
+        try:
+            summary = trainer.run(start_step)
+        finally:
+            log.close()
+            loader.close()
+        state.checkpointer.close()
+        joules = world.gather(meter.joules() if world.device.type == "cuda" else None)
+        summary.energy_joules = None if None in joules else sum(joules)
+        end_run(self.folder, summary, world, title=title, say=self.say)
+        return summary
+
+    def _profiler(self, plan: Plan) -> StepProfiler | None:
+        if self._profile_steps is None:
+            return None
+        world = self.world
+        job = Job(
+            self.config,
+            self._device_batch_size,
+            plan.accumulation,
+            processes=world.size,
+            shards=world.local_size,
+        )
+        return StepProfiler(
+            self._profile_steps,
+            job=job,
+            device=world.device,
+            out=self.folder / "profile" / "ledger.json",
+            say=self.say,
+            active=world.is_main,
+            settings=asdict(self.settings),
+            environment=environment(world),
+        )
+
+    def _meta(self, tokenizer: Tokenizer) -> dict:
+        """What is told of the model in its checkpoints."""
+        return {
+            "stage": self.name,
+            "model_config": self.config.to_dict(),
+            "tokenizer": tokenizer.fingerprint,
+            "tokenizer_folder": str(self.tokenizer_folder),
+        }
+
+
+def learning_rate(optim: LearningSettings, total_steps: int) -> Callable[[int], float]:
+    """Step -> what every learning rate is multiplied by."""
+    schedule = partial(
+        learning_rate_multiplier,
+        total_steps=total_steps,
+        warmup_ratio=optim.warmup_ratio,
+        warmdown_ratio=optim.warmdown_ratio,
+        final_fraction=optim.final_lr_frac,
+    )
+    return lambda step: optim.init_lr_frac * schedule(step)

@@ -1,0 +1,109 @@
+"""Mid-training, in this process: what a run leaves, what it learns, exact resume."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptfast.checkpoint_files import read_manifest
+from gptfast.config import RunSettings
+from gptfast.config_chat import CPU_SYSTEM, MidSettings, MixtureSettings, SourceSettings
+from gptfast.errors import UserError
+from tests.tuning_cases import (
+    figures,
+    plain_newton_schulz,
+    rows,
+    run_stage,
+    stop_at,
+    write_conversations,
+    write_source,
+)
+from train import mid
+
+pytestmark = pytest.mark.usefixtures("plain_newton_schulz")
+__all__ = ["plain_newton_schulz"]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> MidSettings:
+    folder = tmp_path_factory.mktemp("mid")
+    return MidSettings(
+        start=SourceSettings(str(write_source(folder / "base-d2"))),
+        mixture=MixtureSettings(
+            train=(f"{write_conversations(folder / 'own.jsonl')}:0.6",), cache=folder
+        ),
+        system=CPU_SYSTEM,
+        run=RunSettings(out=folder / "whole", eval_every=3, eval_tokens=400, save_every=2),
+    )
+
+
+def to_folder(settings: MidSettings, out: Path, **run: object) -> MidSettings:
+    return replace(settings, run=replace(settings.run, out=out, **run))
+
+
+@pytest.fixture(scope="module")
+def whole(settings: MidSettings) -> Path:
+    """A run from beginning to end."""
+    with pytest.MonkeyPatch.context() as patch:
+        from gptfast import optim
+        from kernels.newton_schulz import newton_schulz_ref
+
+        patch.setattr(optim, "newton_schulz", newton_schulz_ref)
+        run_stage(mid.train, settings)
+    return settings.run.out
+
+
+def test_all_of_the_mixture_once_and_it_is_learned(whole):
+    steps, evaluations = rows(whole, "step"), rows(whole, "eval")
+    # 53 conversations of 20 tokens or so, 96 tokens a step, all of them learned.
+    supervised = [row["supervised_tokens"] for row in steps]
+    assert set(supervised[:-1]) == {96}
+    assert 0 < supervised[-1] <= 96
+    assert len(steps) == evaluations[-1]["step"] > 8
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert evaluations[-1]["val_bpb"] < 0.8 * evaluations[0]["val_bpb"]
+    assert rows(whole, "sample")[-1]["samples"][0].startswith("<|bos|><|user_start|>Hello!")
+
+
+def test_the_learning_rate_is_flat_and_falls_at_the_end(whole):
+    multipliers = [row["lr_multiplier"] for row in rows(whole, "step")]
+    flat = round(0.8 * len(multipliers))
+    assert multipliers[:flat] == [1.0] * flat
+    assert multipliers[-1] < 1.0
+
+
+def test_the_run_is_all_that_the_next_stage_needs(whole, settings):
+    newest = max((whole / "checkpoints").iterdir())
+    meta = read_manifest(newest)["meta"]
+    assert meta["stage"] == "mid"
+    assert Path(meta["tokenizer_folder"]) == (whole / "tokenizer").absolute()
+    saved = json.loads((whole / "settings.json").read_text())
+    assert saved["start"]["source"] == settings.start.source
+    assert (whole / "curves.png").stat().st_size > 1000
+    assert json.loads((whole / "summary.json").read_text())["skipped_steps"] == 0
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    settings, whole, tmp_path, monkeypatch
+):
+    stopped = to_folder(settings, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        said = run_stage(mid.train, stopped)
+    assert "--resume" in said[-2]
+    assert len(rows(tmp_path / "run", "step")) < len(rows(whole, "step"))
+    run_stage(mid.train, to_folder(settings, tmp_path / "run", resume=True))
+    assert figures(tmp_path / "run") == figures(whole)
+
+
+def test_another_mixture_does_not_go_on_with_the_run(settings, whole, tmp_path):
+    other = replace(settings, mixture=replace(settings.mixture, train=("embedded[:30]",)))
+    with pytest.raises(UserError, match="belongs to other conversations"):
+        run_stage(mid.train, to_folder(other, whole, resume=True))
+
+
+def test_a_batch_that_does_not_divide_is_told_before_step_0(settings, tmp_path):
+    odd = replace(settings, optim=replace(settings.optim, total_batch_size=100))
+    with pytest.raises(UserError, match="the nearest that work: 96 or 192"):
+        run_stage(mid.train, to_folder(odd, tmp_path / "run"))

@@ -1,0 +1,59 @@
+"""Which run is meant by a folder or by a stage's name."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from gptfast.errors import UserError
+from gptfast.run import find_run
+
+
+def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
+    for step in steps:
+        manifest = folder / "checkpoints" / f"step_{step:06d}" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text("{}")
+        os.utime(manifest, (written, written))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "somewhere" / "mine", 10)
+    assert find_run(run) == run
+    assert find_run(str(run)) == run
+    # A folder of a checkpoint alone will do, and a folder comes before a stage.
+    (tmp_path / "base" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_run("base") == Path("base")
+
+
+def test_a_stage_is_its_deepest_then_newest_run(tmp_path):
+    make_run(tmp_path / "sft-d4", 5, written=900)
+    make_run(tmp_path / "sft-d20", 700, written=300)
+    make_run(tmp_path / "sft-d20-2", 100, 200, written=500)
+    make_run(tmp_path / "sft-d20-3", 900, written=400)
+    make_run(tmp_path / "base-d26", 5)
+    # Deeper, but there is nothing to load yet; and names that are not a run's.
+    make_run(tmp_path / "sft-d32")
+    make_run(tmp_path / "sft-d40-old", 5)
+    assert find_run("sft", tmp_path) == tmp_path / "sft-d20-2"
+    assert find_run(Path("base"), tmp_path) == tmp_path / "base-d26"
+
+
+def test_what_is_not_there_is_told_with_what_is(tmp_path):
+    with pytest.raises(UserError, match=re.escape(f"checkpoint: {tmp_path / 'runs'} has no runs")):
+        find_run("mid", tmp_path / "runs")
+    make_run(tmp_path / "mid-d20")
+    make_run(tmp_path / "base-d20", 5)
+    with pytest.raises(
+        UserError, match=r"no run of the stage mid with a checkpoint: .* has base-d20, mid-d20"
+    ):
+        find_run("mid", tmp_path)
+    with pytest.raises(
+        UserError, match=r"smt is no run's folder; give one, or a stage \(base, mid, sft, rl\): "
+    ):
+        find_run("smt", tmp_path)

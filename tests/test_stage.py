@@ -1,0 +1,136 @@
+"""What stages share: the source of a stage, its weights, its schedule, what a run leaves behind."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import parallel
+from gptfast.checkpoint_files import load_full_state, read_manifest
+from gptfast.config import LearningSettings, OptimSettings, RunSettings
+from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
+from gptfast.errors import UserError
+from gptfast.model import GPT
+from gptfast.stage import Source, Stage, learning_rate
+from gptfast.tokenizer import Tokenizer
+from tests.tuning_cases import BYTES, CONFIG, write_source
+
+
+@pytest.fixture(scope="module")
+def source_run(tmp_path_factory: pytest.TempPathFactory):
+    return write_source(tmp_path_factory.mktemp("source") / "base-d2")
+
+
+def test_a_source_tells_its_model_tokenizer_and_batch_sizes(source_run):
+    source = Source.find(SourceSettings(str(source_run)))
+    assert (source.run, source.step, source.config) == (source_run, 7, CONFIG)
+    assert source.tokenizer.fingerprint == BYTES.fingerprint
+    assert (source.optim.device_batch_size, source.optim.total_batch_size) == (2, 96)
+    assert "base-d2, step 7: d2" in str(source)
+
+
+def test_a_source_without_settings_has_the_defaults(source_run, tmp_path):
+    run = shutil.copytree(source_run, tmp_path / "converted")
+    (run / "settings.json").unlink()
+    assert Source.find(SourceSettings(str(run))).optim == OptimSettings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (SourceSettings("/nowhere"), "/nowhere is no run's folder"),
+        (SourceSettings("{run}", source_step=3), "no checkpoint of step 3 .* there are steps 7"),
+        (SourceSettings("{run}", tokenizer=Path("/nowhere")), "/nowhere, which is not there"),
+    ],
+)
+def test_a_source_that_is_not_there_is_told(source_run, settings, words):
+    settings = replace(settings, source=settings.source.format(run=source_run))
+    with pytest.raises(UserError, match=words):
+        Source.find(settings)
+
+
+def test_another_tokenizer_is_refused(source_run, tmp_path):
+    other = Tokenizer({bytes([255 - i]): i for i in range(256)})
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="but the model was trained with"):
+        Source.find(SourceSettings(str(source_run), tokenizer=tmp_path / "other"))
+
+
+def test_a_stage_begins_with_the_sources_weights(source_run, tmp_path):
+    source = Source.find(SourceSettings(str(source_run)))
+    saved = load_full_state(source_run / "checkpoints" / "step_000007", "model")
+    settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run"))
+    with parallel.start(cpu=True) as world:
+        stage = Stage("mid", settings, CONFIG, world, lambda line: None)
+        stage.check(device_batch_size=2, accumulation=1)
+        stage.build(source)
+        weights = {n: p.detach().full_tensor() for n, p in stage.model.named_parameters()}
+        parallel.gather_replica(stage.model, stage.make_gpt())
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    # Not those that a model is made with.
+    fresh = GPT(CONFIG)
+    fresh.init_weights(torch.Generator().manual_seed(settings.system.seed))
+    assert not torch.equal(weights["transformer.wte.weight"], fresh.transformer["wte"].weight)
+
+
+def test_a_model_of_another_shape_is_refused(source_run, tmp_path):
+    source = Source.find(SourceSettings(str(source_run)))
+    wider = replace(CONFIG, n_embd=64)
+    settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run"))
+    with parallel.start(cpu=True) as world:
+        stage = Stage("mid", settings, wider, world, lambda line: None)
+        with pytest.raises(UserError, match="of another architecture"):
+            stage.build(source)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(source_run):
+    settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=source_run))
+    with (
+        parallel.start(cpu=True) as world,
+        pytest.raises(UserError, match="holds a run already"),
+    ):
+        Stage("mid", settings, CONFIG, world, lambda line: None)
+
+
+def test_steps_to_profile_are_checked_before_anything_is_made(tmp_path):
+    settings = MidSettings(
+        system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run", profile_steps="5")
+    )
+    with (
+        parallel.start(cpu=True) as world,
+        pytest.raises(UserError, match="FIRST:END"),
+    ):
+        Stage("mid", settings, CONFIG, world, lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rates_of_the_stages():
+    mid = learning_rate(LearningSettings(), 10)
+    assert [mid(step) for step in (0, 7, 8, 9)] == [1.0, 1.0, 1.0, 0.5]
+    sft = learning_rate(LearningSettings(init_lr_frac=0.02, warmdown_ratio=1.0), 4)
+    assert [sft(step) for step in range(4)] == pytest.approx([0.02, 0.015, 0.01, 0.005])
+
+
+def test_mid_training_takes_the_batch_sizes_of_its_source_unless_told(source_run):
+    source = Source.find(SourceSettings(str(source_run)))
+    optim = MidSettings().optim.like(source.optim)
+    assert (optim.device_batch_size, optim.total_batch_size, optim.grad_clip) == (2, 96, 0.0)
+    told = replace(MidSettings().optim, total_batch_size=480).like(source.optim)
+    assert (told.device_batch_size, told.total_batch_size) == (2, 480)
+
+
+def test_the_sources_manifest_is_what_it_was(source_run):
+    """Starting from a run changes nothing in it."""
+    manifest = read_manifest(source_run / "checkpoints" / "step_000007")
+    assert manifest["step"] == 7
+    assert sorted(path.name for path in source_run.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "settings.json",
+        "tokenizer",
+    ]
+    assert json.loads((source_run / "settings.json").read_text())["optim"]["total_batch_size"] == 96
