@@ -8,7 +8,6 @@ operators see (1, B, C), and angles gathered for each row stand where those of T
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from gptfast.attention import attention
 from gptfast.kv_cache import KVCache
-from gptfast.model import GPT, GPTConfig
+from gptfast.model import GPT, BlockWeights, GPTConfig, block_forward
 from kernels import Operators, operators
 
 # With this option Inductor makes sums of the products with a single row, and tunes and fuses them
@@ -26,13 +25,6 @@ INDUCTOR = partial(
 )
 # One compilation a number of rows; torch would refuse the ninth.
 _RECOMPILE_LIMIT = 64
-
-
-class BlockWeights(NamedTuple):
-    qkv: Tensor  # (C + 2 KV, C)
-    attn_proj: Tensor  # (C, C)
-    mlp_fc: Tensor  # (4C, C)
-    mlp_proj: Tensor  # (C, 4C)
 
 
 class CachedGPT:
@@ -49,15 +41,13 @@ class CachedGPT:
     def __init__(self, model: GPT, *, compile: Callable | None = None) -> None:
         self.model, self.config = model, model.config
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.context = len(model.cos)
         self.ops = model.blocks[0].ops
+        backend = model.blocks[0].attention_backend
+        # cuDNN plans every new shape, and prompts have all of them; flash2 runs wherever it does.
+        self._attention = "flash2" if backend == "cudnn" else backend
         self.weights = [
-            BlockWeights(
-                block.attn.packed_qkv().detach(),
-                block.attn.c_proj.weight.detach(),
-                block.mlp.c_fc.weight.detach(),
-                block.mlp.c_proj.weight.detach(),
-            )
-            for block in model.blocks
+            BlockWeights(*(weight.detach() for weight in block.weights())) for block in model.blocks
         ]
         self._decode_head = model.lm_head
         self._decode_block = partial(_decode_block, self.config, self.ops, cached_attention)
@@ -91,11 +81,9 @@ class CachedGPT:
         cos, sin = self.model.cos[start:end], self.model.sin[start:end]
         residual = self.model.transformer["wte"](ids)
         branch = torch.zeros_like(residual)
-        for i, (weights, block) in enumerate(zip(self.weights, self.model.blocks, strict=True)):
-            attend = partial(
-                _extend_rows, cache.k[i], cache.v[i], rows, start, block.attention_backend
-            )
-            residual, branch = _block(
+        for i, weights in enumerate(self.weights):
+            attend = partial(_extend_rows, cache.k[i], cache.v[i], rows, start, self._attention)
+            residual, branch = block_forward(
                 self.config, self.ops, attend, weights, residual, branch, cos, sin
             )
         return residual, branch
@@ -177,31 +165,6 @@ class GraphedDecode:
         return graph, logits
 
 
-def _block(
-    config: GPTConfig,
-    ops: Operators,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    weights: BlockWeights,
-    residual: Tensor,
-    branch: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`gptfast.model.Block.forward`, with q, k and v (B, T, heads, D) given to `attend`."""
-    residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
-    q, k, v = ops.rotary_qk_norm(
-        F.linear(x, weights.qkv),
-        cos,
-        sin,
-        n_head=config.n_head,
-        n_kv_head=config.n_kv_head,
-        eps=config.norm_eps,
-    )
-    branch = F.linear(attend(q, k, v).flatten(2), weights.attn_proj)
-    residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
-    return residual, F.linear(ops.linear_squared_relu(x, weights.mlp_fc), weights.mlp_proj)
-
-
 def _decode_block(
     config: GPTConfig,
     ops: Operators,
@@ -226,7 +189,7 @@ def _decode_block(
         y = attention_to_cache(q.transpose(0, 1), keys, values, visible[:, None])
         return y.transpose(0, 1)
 
-    return _block(config, ops, attend, weights, residual, branch, cos, sin)
+    return block_forward(config, ops, attend, weights, residual, branch, cos, sin)
 
 
 def _extend_rows(

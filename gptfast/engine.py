@@ -15,16 +15,20 @@ import torch
 from gptfast.cached_model import INDUCTOR, CachedGPT, GraphedDecode
 from gptfast.calculator import calculate
 from gptfast.errors import UserError
-from gptfast.generation import Generation, Row, Token, Workspace
+from gptfast.generation import Generation, Request, Token, Workspace
 from gptfast.model import GPT
 from gptfast.sampling import Sampling
 from gptfast.tokenizer import BOS, Tokenizer
-from gptfast.tool_use import Tool, ToolUse
+from gptfast.tool_use import Tool
 
 # Each of these ends a sequence unless told otherwise.
 STOP_TOKENS = (BOS, "<|assistant_end|>")
 # The most tokens of a prefill: what bounds its memory.
 PREFILL_TOKENS = 16_384
+# Steps between two prefills. A prefill's kernels are launched one by one and take as long as many
+# steps that are graphs, but hardly longer than one that is not.
+PATIENCE = 32
+PATIENCE_OF_EAGER_STEPS = 4
 # Of the cache, a CUDA graph reads a multiple of this: fewer graphs, or fewer positions for nothing.
 READ_CHUNK = 128
 
@@ -38,7 +42,8 @@ class Engine:
         compiled: decoding through Inductor and CUDA graphs; None: on a GPU. Compiled once
             for every number of rows (powers of two), so False is better for a few short samples.
 
-    Several generations may be open at once; each has a cache of its own.
+    Several generations may be open at once; each has a cache of its own. `generate` and what is
+    made of it run a number of sequences to their ends; with `open` they come and go.
     """
 
     def __init__(
@@ -58,9 +63,10 @@ class Engine:
         if self.compiled and not on_gpu:
             raise UserError(f"compiled decoding needs a CUDA GPU; the model is on {self.device}")
         self.model = CachedGPT(model, compile=INDUCTOR if self.compiled else None)
-        self.context = len(model.cos)
+        self.context = self.model.context
         # How many steps may be on their way when the host reads the first of them.
         self.lag = 1 if on_gpu else 0
+        self.patience = PATIENCE if self.compiled else PATIENCE_OF_EAGER_STEPS
         self.prefill_tokens = PREFILL_TOKENS
         self._idle: Workspace | None = None
 
@@ -99,17 +105,12 @@ class Engine:
             seeds = torch.randint(2**63 - 1, (count,)).tolist()
         if len(seeds) != count:
             raise UserError(f"{len(seeds)} seeds for {count} sequences")
-        rows = [
-            Row(
-                index,
-                prompts[index // num_samples],
-                max_tokens,
-                seed,
-                None if tool is None else ToolUse(self.tokenizer, tool),
-            )
+        stop = self.stop_ids(stop)
+        requests = [
+            Request(prompts[index // num_samples], max_tokens, sampling, seed, stop, tool)
             for index, seed in enumerate(seeds)
         ]
-        return self._generate(rows, sampling, self._stop_ids(stop))
+        return self._generate(requests)
 
     def generate_batch(
         self, prompts: Sequence[Sequence[int]], *, stop: Iterable[int] | None = None, **options
@@ -118,7 +119,7 @@ class Engine:
 
         The mask is 1 where a token was sampled, 0 in the prompt and where the tool forced it.
         """
-        stop = self._stop_ids(stop)
+        stop = self.stop_ids(stop)
         steps = self.generate(prompts, stop=stop, **options)
         num_samples = options.get("num_samples", 1)
         sequences = [list(prompt) for prompt in prompts for _ in range(num_samples)]
@@ -137,7 +138,7 @@ class Engine:
         Only whole characters: the bytes of a started one wait for the rest. Stop tokens are left
         out, other special tokens are spelled.
         """
-        stop = self._stop_ids(stop)
+        stop = self.stop_ids(stop)
         return self._stream(self.generate([prompt], stop=stop, **options), stop)
 
     def _stream(self, steps: Iterator[list[Token]], stop: frozenset[int]) -> Iterator[str]:
@@ -149,10 +150,9 @@ class Engine:
         if piece := text.close():
             yield piece
 
-    def _stop_ids(self, stop: Iterable[int] | None) -> frozenset[int]:
-        if stop is None:
-            return frozenset(self.tokenizer.special_id(name) for name in STOP_TOKENS)
-        return frozenset(stop)
+    def stop_ids(self, stop: Iterable[int] | None = None) -> frozenset[int]:
+        """These, or those of STOP_TOKENS."""
+        return frozenset(map(self.tokenizer.special_id, STOP_TOKENS) if stop is None else stop)
 
     def _check(self, prompts: Sequence[Sequence[int]], num_samples: int, max_tokens: int) -> None:
         for name, value in (("num_samples", num_samples), ("max_tokens", max_tokens)):
@@ -171,30 +171,39 @@ class Engine:
                     f"{max(0, self.context - len(prompt))}"
                 )
 
-    def _generate(
-        self, rows: list[Row], sampling: Sampling, stop: frozenset[int]
-    ) -> Iterator[list[Token]]:
-        if not rows:
+    def _generate(self, requests: list[Request]) -> Iterator[list[Token]]:
+        if not requests:
             return
-        slots, length = min(len(rows), self.max_rows), max(row.end for row in rows)
+        slots = min(len(requests), self.max_rows)
+        length = max(len(request.prompt) + request.max_tokens for request in requests)
         if self.compiled:
             # Each number of rows is a compilation: powers of two.
             slots = min(1 << (slots - 1).bit_length(), self.max_rows)
-        self.model.refresh()
-        workspace = self._take_workspace(slots, length)
+        generation = self.open(slots, length)
         try:
-            generation = Generation(
-                workspace,
-                rows,
-                slots=slots,
-                sampling=sampling,
-                stop=stop,
-                lag=self.lag,
-                prefill_tokens=self.prefill_tokens,
-            )
-            yield from filter(None, generation.run())
+            for index, request in enumerate(requests):
+                generation.add(index, request)
+            while generation.busy:
+                if tokens := generation.step():
+                    yield tokens
         finally:
-            self._idle = workspace
+            self._idle = generation.workspace
+
+    def open(self, slots: int, length: int) -> Generation:
+        """A generation that requests may join and leave, `slots` at a time, each of at most
+        `length` tokens, its prompt included. UserError if there is no room for that.
+
+        The weights are taken as they are now.
+        """
+        self.model.refresh()
+        return Generation(
+            self._take_workspace(slots, length),
+            self.tokenizer,
+            slots=slots,
+            lag=self.lag,
+            patience=self.patience,
+            prefill_tokens=self.prefill_tokens,
+        )
 
     def _take_workspace(self, slots: int, length: int) -> Workspace:
         """The last one if it will do. Its cache is never resized: what can be needed is
@@ -206,9 +215,11 @@ class Engine:
         del idle
         if not self.compiled:
             cache = self.model.new_cache(slots, length)
-            return Workspace(self.model, cache, partial(self.model.decode, cache), 1)
+            decode = partial(self.model.decode, cache)
+            return Workspace(self.model, cache, decode, read_chunk=1, all_rows=False)
         cache = self.model.new_cache(slots, length + -length % READ_CHUNK)
-        return Workspace(self.model, cache, GraphedDecode(self.model, cache), READ_CHUNK)
+        decode = GraphedDecode(self.model, cache)
+        return Workspace(self.model, cache, decode, read_chunk=READ_CHUNK, all_rows=True)
 
 
 class TextStream:

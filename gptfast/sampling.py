@@ -1,18 +1,34 @@
-"""From logits to tokens: greedy, or drawn at a temperature from the likeliest ones."""
+"""From logits to tokens: greedy, or drawn at a temperature from the likeliest ones, row by row.
+
+A row's token depends on its own logits, sampling and random number, and on nothing of the other
+rows: those of a batch may be sampled in different ways, and come and go. Hence one definition for
+all of them: the token is where the running sum of the weights that are kept, in order of ids,
+passes the random number's share of the whole sum.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.errors import UserError
+from gptfast.transfer import upload
+
+# Of a lower temperature, fp32 would make zero.
+_COLDEST = 1e-30
+# Weights are summed up in pieces of so many, and one piece in detail: a running sum over a whole
+# vocabulary is the work of few threads.
+_PIECE = 256
 
 
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy, and then nothing else matters. top_k keeps the k likeliest tokens;
-    top_p keeps, of those, the fewest that reach the probability p together; None keeps all."""
+    top_p keeps, of those, the fewest that reach the probability p together; None keeps all. Tokens
+    as likely as the last one kept are kept too."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -30,30 +46,69 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def limited(self) -> bool:
+        return not self.greedy and (self.top_k is not None or self.top_p is not None)
 
-def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None) -> Tensor:
+
+def sample(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
     """One token for each row of logits (B, V): (B,) int64.
 
-    uniforms: (B,) fp64 in [0, 1), needed unless greedy. The token is where the running sum of the
-    probabilities passes its row's number, so a row depends on nothing but its logits and that
-    number. The sum is taken in fp64: in fp32 its error is of the size of rare tokens' chances.
+    samplings: B of them. uniforms: B random numbers in [0, 1), of which greedy rows make no use.
     """
-    if sampling.greedy:
+    if all(sampling.greedy for sampling in samplings):
         return logits.argmax(-1)
-    # The largest becomes 0 first: no temperature is too small then.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
-    ids = None
-    if sampling.top_k is not None:
-        logits, ids = logits.topk(min(sampling.top_k, logits.shape[-1]))
-    elif sampling.top_p is not None:
-        logits, ids = logits.sort(descending=True)
-    probabilities = logits.softmax(-1, dtype=torch.float64)
-    running = probabilities.cumsum(-1)
-    last = torch.full_like(logits[:, :1], logits.shape[-1] - 1, dtype=torch.int64)
-    if sampling.top_p is not None:
-        # A token is kept if those before it do not reach top_p.
-        last = (running - probabilities < sampling.top_p).sum(-1, keepdim=True) - 1
-    threshold = uniforms[:, None] * running.gather(-1, last)
-    # Rounding may carry the threshold to the very end of the sum.
-    choice = torch.searchsorted(running, threshold, right=True).minimum(last)
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+    V = logits.shape[-1]
+    columns = [
+        (
+            uniform,
+            # Any number: these rows' draws are not used.
+            1.0 if sampling.greedy else max(sampling.temperature, _COLDEST),
+            min(sampling.top_k or V, V),
+            sampling.top_p or math.inf,
+            sampling.limited,
+            sampling.greedy,
+        )
+        for sampling, uniform in zip(samplings, uniforms, strict=True)
+    ]
+    table = upload(columns, logits.device, dtype=torch.float64)
+    uniform, temperature, top_k, top_p, limited, greedy = table[:, :, None].unbind(1)
+    temperature = temperature.to(logits.dtype)
+    # The largest becomes 0: no temperature is too small then.
+    logits = logits - logits.amax(-1, keepdim=True)
+    weights = (logits / temperature).exp()
+    if most := max((int(row[2]) for row in columns if row[4]), default=0):
+        lowest = _lowest_kept(logits.topk(most).values, temperature, top_k, top_p)
+        weights = weights.where((logits >= lowest) | (limited == 0), 0.0)
+    drawn = _draw(weights, uniform)
+    return drawn.where(greedy == 0, logits.argmax(-1, keepdim=True))[:, 0]
+
+
+def _lowest_kept(top: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest logit (B, 1) that each row keeps, of its `top` ones (B, K), sorted."""
+    among_k = torch.arange(top.shape[-1], device=top.device) < top_k
+    weights = (top / temperature).exp().where(among_k, 0.0).double()
+    before = weights.cumsum(-1) - weights
+    # A token is kept if those before it do not reach top_p.
+    kept = among_k & (before < top_p * weights.sum(-1, keepdim=True))
+    return top.gather(-1, kept.sum(-1, keepdim=True) - 1)
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Where the running sum of weights (B, V) passes the share `uniform` (B, 1) of the whole: (B,
+    1). In fp64: in fp32 its error is of the size of rare tokens' chances."""
+    pieces = F.pad(weights, (0, -weights.shape[-1] % _PIECE)).unflatten(-1, (-1, _PIECE))
+    sums = pieces.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    target = uniform * ends[:, -1:]
+    piece = _passes(ends, target)
+    inside = pieces.gather(1, piece[:, :, None].expand(-1, -1, _PIECE))[:, 0].double()
+    target = target - (ends - sums).gather(-1, piece)
+    return piece * _PIECE + _passes(inside.cumsum(-1), target.clamp(min=0))
+
+
+def _passes(running: Tensor, target: Tensor) -> Tensor:
+    """The first index at which the running sum (B, N) is above the target (B, 1); where rounding
+    has carried the target to its very end, the last one that adds to it."""
+    last = torch.searchsorted(running, running[:, -1:].contiguous())
+    return torch.searchsorted(running, target, right=True).minimum(last)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gptfast.evaluate.core_bundle import CORE_TASKS
-from gptfast.evaluate.core_results import CORRECT, MARGIN
 from gptfast.evaluate.loading import Placement, random_model
+from gptfast.evaluate.outcomes import CORRECT, MARGIN
 from gptfast.model import GPT, GPTConfig
 from gptfast.tokenizer import Tokenizer
 

@@ -13,8 +13,9 @@ from gptfast.errors import UserError
 from gptfast.evaluate.core import evaluate_core
 from gptfast.evaluate.core_bundle import Bundle, Example, Task, load_bundle
 from gptfast.evaluate.core_prompts import Prompter, draw_shots, select_examples
-from gptfast.evaluate.core_results import CORRECT, MARGIN, judge
+from gptfast.evaluate.core_results import judge
 from gptfast.evaluate.core_scoring import Scorer
+from gptfast.evaluate.outcomes import CORRECT, MARGIN
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 from tests.core_cases import (

@@ -3,6 +3,7 @@
 import hashlib
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from gptfast.errors import UserError
 from gptfast.evaluate.core_bundle import load_bundle
 from gptfast.evaluate.core_fetch import fetch_bundle
 from gptfast.evaluate.core_prompts import select_examples
+from gptfast.fetch import WebFile
 from tests.core_cases import TASKS, write_bundle
+from tests.fake_hub import QUICK
 
 
 def spoil(folder: Path, name: str, text: str | None, old: str = "") -> None:
@@ -91,13 +94,22 @@ def test_the_bundle_is_fetched_once_and_verified(tmp_path):
     with zipfile.ZipFile(archive, "w") as zipped:
         for path in source.rglob("*"):
             zipped.write(path, path.relative_to(source.parent))
-    url, digest = archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=r"has sha256 .*, expected 0000"):
-        fetch_bundle(tmp_path / "cache", url=url, sha256="0" * 64)
-    folder = fetch_bundle(tmp_path / "cache", url=url, sha256=digest)
+    fetch = partial(fetch_bundle, policy=QUICK)
+    good = WebFile(archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest())
+    with pytest.raises(
+        UserError, match=r"eval_bundle.zip could not be .*expected .*'sha256': '000"
+    ):
+        fetch(tmp_path / "cache", archive=WebFile(good.url, "0" * 64))
+    folder = fetch(tmp_path / "cache", archive=good)
     assert [task.label for task in load_bundle(folder).tasks] == list(TASKS)
     archive.unlink()
-    assert fetch_bundle(tmp_path / "cache", url=url, sha256=digest) == folder
+    assert fetch(tmp_path / "cache", archive=good) == folder
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["eval_bundle"]
-    with pytest.raises(UserError, match=r"could not be fetched from .* name its folder"):
-        fetch_bundle(tmp_path / "other", url=url, sha256=digest)
+    with pytest.raises(UserError, match=r"could not be fetched in 2 tries: .*name a folder"):
+        fetch(tmp_path / "other", archive=good)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("other/core.yaml", "")
+    other = WebFile(good.url, hashlib.sha256(archive.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match=r"eval_bundle.zip holds no eval_bundle/core.yaml"):
+        fetch(tmp_path / "other", archive=other)
+    assert list((tmp_path / "other").iterdir()) == []

@@ -10,9 +10,11 @@ import pytest
 from gptfast.errors import UserError
 from gptfast.evaluate.core import evaluate_core, share_out
 from gptfast.evaluate.core_bundle import CORE_TASKS, Bundle, load_bundle
+from gptfast.evaluate.core_compare import comparison
 from gptfast.evaluate.core_prompts import Prompter
-from gptfast.evaluate.core_results import CORRECT, CoreResult, ResultStore, TaskResult
+from gptfast.evaluate.core_results import CoreResult
 from gptfast.evaluate.core_scoring import Scorer
+from gptfast.evaluate.outcomes import CORRECT, MARGIN, ResultStore, TaskResult
 from gptfast.model import GPT
 from gptfast.tokenizer import Tokenizer
 from tests.core_cases import TASKS, make_model, make_tokenizer, write_bundle
@@ -134,3 +136,19 @@ def test_resumes_by_task_and_only_for_the_same_model(tmp_path, model, tokenizer,
     whole_file.write_text("{")
     with pytest.raises(UserError, match=r"jeopardy\.json is damaged"):
         evaluate("b")
+
+
+def test_comparison_lists_every_example_that_differs():
+    one, other = (
+        result_of(("copa", 7, 10, 0.5), ("squad", 1, 4, 0.0), missing=("coqa",)) for _ in range(2)
+    )
+    assert comparison(one, other, names=("a", "b")).startswith("0 of 14 examples differ (0.00%).")
+    for result, margins in ((one, [0.25, -0.5, -np.inf]), (other, [0.25, 0.125, -np.inf])):
+        result.tasks[0].outcomes[:3, MARGIN] = margins
+    other.tasks[0].outcomes[1, CORRECT] = 0
+    text = comparison(one, other, names=("a", "b"))
+    assert text.startswith("1 of 14 examples differ (7.14%).\n")
+    assert "| copa | 10 | 0.7000 | 0.6000 | 1 | 6.2e-01 |\n" in text
+    assert "| squad | 4 | 0.2500 | 0.2500 | 0 | 0.0e+00 |\n" in text
+    assert f"| {one.name} | 14 | 0.3250 | 0.2250 | 1 | |\n" in text
+    assert text.endswith("| copa | 1 | -0.500000 | +0.125000 |\n")

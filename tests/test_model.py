@@ -1,12 +1,15 @@
 """The model: counts of the report, values of an independent plain GPT, bad configurations."""
 
 import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from gptfast.attention import Documents, attention
 from gptfast.errors import UserError
 from gptfast.model import GPT, GPTConfig, flops_per_token, generate, parameter_counts
 
@@ -67,6 +70,8 @@ def test_d20_has_the_reports_size_and_flops():
     assert sum(parameter_counts(config).values()) == 560_988_160
     assert flops_per_token(config) == 3_491_758_080
     assert flops_per_token(config) - flops_per_token(config, causal=True) == 629_145_600 // 2
+    # Documents of half the length have half of attention's.
+    assert flops_per_token(config, context=1024.0) == flops_per_token(config, causal=True)
 
 
 def test_d32_counts():
@@ -111,6 +116,75 @@ def test_loss_per_token_sums_to_the_loss_and_ignores():
         assert each.shape == (2, 9)
         assert (each[1, 2:] == 0).all()
         torch.testing.assert_close(each.sum(), model(ids, targets), rtol=1e-5, atol=1e-4)
+
+
+def test_weights_multiply_each_tokens_loss():
+    model = filled()
+    ids, targets = torch.randint(64, (2, 2, 9)).unbind()
+    weights = torch.randn(2, 9)
+    each = model(ids, targets, reduction="none")
+    torch.testing.assert_close(model(ids, targets, weights=weights), (each * weights).sum())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_packed_documents_are_computed_as_if_each_were_alone(kv_heads):
+    config = GPTConfig(**{**TINY.to_dict(), "n_kv_head": kv_heads})
+    model = filled(config)
+    ids, targets = torch.randint(64, (2, 2, 16)).unbind()
+    # Two rows of 16; one document is a row, others share one; the last two are empty.
+    bounds = [0, 16, 21, 22, 32]
+    starts = torch.tensor([*bounds, 32, 32], dtype=torch.int32)
+    documents = Documents(starts, longest=16, rows=2)
+
+    loss = model(ids, targets, documents=documents)
+    loss.backward()
+    packed = {name: parameter.grad for name, parameter in model.named_parameters()}
+    logits = model(ids, documents=documents)
+    assert logits.shape == (2, 16, 64)
+
+    model.zero_grad()
+    alone = []
+    for begin, end in pairwise(bounds):
+        own_ids, own_targets = (x.view(1, 32)[:, begin:end] for x in (ids, targets))
+        alone.append(model(own_ids, own_targets))
+        own_logits = logits.view(1, 32, 64)[:, begin:end]
+        torch.testing.assert_close(model(own_ids), own_logits, atol=1e-5, rtol=1e-5)
+    sum(alone).backward()
+    torch.testing.assert_close(loss, sum(alone), rtol=1e-6, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_another_attention_can_take_the_place_of_a_blocks_own():
+    model = filled()
+    residual, branch = torch.randn(2, 2, 9, 32).unbind()
+    block, angles = model.blocks[0], (model.cos[:9], model.sin[:9])
+    own = block(residual, branch, *angles)
+    given = block(residual, branch, *angles, attend=partial(attention, backend="flash2"))
+    torch.testing.assert_close(given, own)
+    seen = []
+    block(residual, branch, *angles, attend=lambda q, k, v: seen.append(k.shape) or q)
+    assert seen == [(2, 9, 2, 16)]
+
+
+# torch.compile looks at .grad of every tensor, and hides the warning in a way of its own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_all_blocks_and_batches_of_a_shape_are_one_compilation():
+    from torch._dynamo.utils import counters
+
+    model = filled(GPTConfig(**{**TINY.to_dict(), "n_layer": 3}))
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    ids, targets = torch.randint(64, (2, 2, 16)).unbind()
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):
+        model(ids, targets).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    for bounds in ([0, 5, 16, 32], [0, 16, 32, 32]):
+        starts = torch.tensor(bounds, dtype=torch.int32)
+        model(ids, targets, documents=Documents(starts, 16, rows=2)).backward()
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_initial_values():

@@ -1,56 +1,85 @@
 """Evaluate a trained model.
 
-    torchrun --nproc_per_node=8 train/evaluate.py base runs/base-d20      all of a base model's
+    torchrun --nproc_per_node=8 train/evaluate.py base base           all of a base model's
     python train/evaluate.py base runs/base-d20 --only core --max-per-task 500
     python train/evaluate.py base --random-weights --depth 2 --tokenizer tiny --only core
+    torchrun --nproc_per_node=8 train/evaluate.py chat -i sft         all of the chat tasks
+    python train/evaluate.py chat -i runs/rl-d20 -a GSM8K
 
 A base model's evaluation is bits per byte on training and validation text, seven prompts continued
-greedily, and CORE. What was scored of CORE is kept: run again, a stopped evaluation goes on.
+greedily, and CORE. A chat model's is ARC, MMLU, GSM8K and HumanEval. What was scored of CORE and of
+the chat tasks is kept: run again, a stopped evaluation goes on.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from gptfast import parallel
-from gptfast.checkpoint_files import read_manifest
-from gptfast.config import DataSettings
-from gptfast.data import BatchLoader, Corpus, prepare_corpus
+from gptfast.config import DEFAULT_CACHE, DataSettings, at_least_one
+from gptfast.data import Corpus, prepare_corpus
 from gptfast.errors import UserError
-from gptfast.evaluate.bits_per_byte import bits_per_byte
+from gptfast.evaluate.bits_per_byte import corpus_bits_per_byte
+from gptfast.evaluate.chat import evaluate_chat
 from gptfast.evaluate.core import evaluate_core
-from gptfast.evaluate.core_bundle import load_bundle
+from gptfast.evaluate.core_bundle import Bundle, load_bundle
+from gptfast.evaluate.core_compare import comparison
 from gptfast.evaluate.core_fetch import fetch_bundle
-from gptfast.evaluate.core_results import ResultStore
-from gptfast.evaluate.core_scoring import BATCH_TOKENS, Scorer
+from gptfast.evaluate.core_results import CoreResult
+from gptfast.evaluate.core_scoring import Scorer
+from gptfast.evaluate.forward import BATCH_TOKENS
+from gptfast.evaluate.generative import Answering
 from gptfast.evaluate.loading import (
     Placement,
+    Subject,
+    cache_of_run,
     data_of_run,
-    find_checkpoint,
-    load_model,
-    load_tokenizer,
-    random_model,
+    load_subject,
+    random_subject,
 )
+from gptfast.evaluate.outcomes import ResultStore
 from gptfast.evaluate.samples import samples
-from gptfast.model import GPT, GPTConfig
-from gptfast.run import exit_code, write_json, write_section
-from gptfast.tokenizer import Tokenizer
+from gptfast.run import exit_code, find_run, write_json, write_section
+from gptfast.sandbox import isolation
+from gptfast.tasks import CHAT_TASKS, chat_task
+
+# Of the chat evaluation's settings, what the report states.
+REPORTED = (
+    *("source", "task", "dtype", "temperature", "max_new_tokens", "num_samples", "top_k"),
+    *("batch_size", "model_tag", "step", "max_problems"),
+)
 
 
-@dataclass(frozen=True)
-class BaseSettings:
-    run: tyro.conf.Positional[Path | None] = None
-    """Folder of the run whose model to evaluate."""
-    step: int | None = None
-    """Which of its checkpoints; the newest otherwise."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, and how it runs."""
+
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None
+    """Which of the run's checkpoints; the newest otherwise."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; the run's otherwise."""
+    cache: Path | None = None
+    """Where fetched text and tasks are kept; as in the run otherwise."""
     out: Path | None = None
     """Folder for results; evaluation/step_NNNNNN in the run's otherwise."""
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], tyro.conf.arg(aliases=["-d"])] = "auto"
+    """auto: bfloat16 on a GPU, float32 elsewhere."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """auto: triton on a GPU, reference elsewhere."""
+    attention: str = "auto"
+    """auto, flash4, flash3, cudnn, flash2 or math; CORE and questions have their own."""
+    device: Literal["auto", "cpu"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings(ModelSettings):
+    run: tyro.conf.Positional[str | None] = None
+    """Folder of the run whose model to evaluate; or base, the deepest of runs/base-d*."""
     only: tuple[Literal["bpb", "samples", "core"], ...] = ("bpb", "samples", "core")
     """What to evaluate."""
 
@@ -58,10 +87,6 @@ class BaseSettings:
     """Text for bits per byte; what the run was trained on otherwise."""
     validation: str | None = None
     """File of the text's folder that validates; as in the run otherwise."""
-    tokenizer: Path | None = None
-    """Folder of the tokenizer; the run's otherwise."""
-    cache: Path | None = None
-    """Where fetched text, tokenizers and the CORE bundle are kept; as in the run otherwise."""
     split_tokens: int = 20 * 524_288
     """Tokens of each of the two texts."""
     device_batch_size: int = 32
@@ -73,16 +98,8 @@ class BaseSettings:
     """Examples of each CORE task; all otherwise."""
     batch_tokens: int = BATCH_TOKENS
     """Tokens in one forward pass for CORE."""
-    one_at_a_time: bool = False
-    """Score CORE one sequence at a time: the slow way, to compare with."""
-
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 on a GPU, float32 elsewhere."""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    """auto: triton on a GPU, reference elsewhere."""
-    attention: str = "auto"
-    """auto, flash4, flash3, cudnn, flash2 or math; CORE's batches have their own."""
-    device: Literal["auto", "cpu"] = "auto"
+    compare_one_at_a_time: bool = False
+    """Score CORE a second time, one sequence at a time, and list every example that differs."""
 
     random_weights: bool = False
     """Evaluate a model that knows nothing, to see what guessing gives."""
@@ -98,33 +115,49 @@ class BaseSettings:
             )
         if self.random_weights and self.tokenizer is None:
             raise UserError("--random-weights needs --tokenizer")
-        for name in ("split_tokens", "device_batch_size", "max_per_task", "batch_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "split_tokens", "device_batch_size", "max_per_task", "batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(ModelSettings):
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])]
+    """mid, sft or rl: the stage's run of the largest depth, the newest one; or a run's folder."""
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
+    """Which run of the stage: with --source sft, d20 is runs/sft-d20."""
+    task: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-a"])] = tuple(CHAT_TASKS)
+    """Some of ARC-Easy, ARC-Challenge, MMLU, GSM8K and HumanEval, with spaces or | between."""
+    data: Path | None = None
+    """Folder with arc, mmlu, gsm8k and humaneval as on the Hub; fetched (60 MB) otherwise."""
+    max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None
+    """Problems of each task; all otherwise."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
+    """The most questions in one pass, and answers written together; else what fills a GPU."""
+
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
+    """Of answers in words; 0: greedy."""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    """Of an answer."""
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """Answers to a problem, of which one must be right."""
+    top_k: Annotated[int | None, tyro.conf.arg(aliases=["-k"])] = 50
+    """Draw from so many tokens."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.tasks if name not in CHAT_TASKS]:
+            raise UserError(f"no chat task {unknown[0]!r}; there are {', '.join(CHAT_TASKS)}")
+        names = ("max_problems", "batch_size", "max_new_tokens", "num_samples", "top_k")
+        at_least_one(self, *names)
 
     @property
-    def text(self) -> DataSettings:
-        """The run's own, but for what was given."""
-        saved = data_of_run(self.run) if self.run else DataSettings()
-        names = ("data", "validation", "tokenizer", "cache")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(saved, **given)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated. identity: all that tells its scores from another model's."""
-
-    name: str
-    model: GPT
-    tokenizer: Tokenizer
-    corpus: Corpus | None
-    identity: dict[str, object]
-    out: Path
+    def tasks(self) -> list[str]:
+        return [name for names in self.task for name in names.split("|")]
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"base": base}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"base": base, "chat": chat}, description=__doc__, console_outputs=parallel.is_main()
+    )
 
 
 def base(settings: Annotated[BaseSettings, tyro.conf.arg(name="")]) -> None:
@@ -133,23 +166,44 @@ def base(settings: Annotated[BaseSettings, tyro.conf.arg(name="")]) -> None:
         evaluate_base(settings, world, say=print if world.is_main else lambda line: None)
 
 
+def chat(settings: Annotated[ChatSettings, tyro.conf.arg(name="")]) -> None:
+    """A chat model: ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval, ChatCORE."""
+    with parallel.start(cpu=settings.device == "cpu") as world:
+        evaluate_conversation(settings, world, say=print if world.is_main else lambda line: None)
+
+
 def evaluate_base(
     settings: BaseSettings, world: parallel.World, say: Callable[[str], None]
 ) -> None:
     # 1. Everything that is needed is there before anything is computed.
-    bundle = None
-    if "core" in settings.only:
-        with world.node_leader_first() as first:
-            folder = settings.bundle or fetch_bundle(settings.text.cache, progress=first)
-            bundle = load_bundle(folder)
-    subject = load_subject(settings, world)
-    subject.out.mkdir(parents=True, exist_ok=True)
-    say(f"{subject.name}, {subject.identity['dtype']} on {world.size} process(es)")
+    run = find_run(settings.run) if settings.run else None
+    corpus = bundle = None
+    with world.node_leader_first() as first:
+        cache = settings.cache or (cache_of_run(run) if run else DEFAULT_CACHE)
+        if "bpb" in settings.only:
+            corpus = load_corpus(settings, run, cache, progress=first)
+        if "core" in settings.only:
+            bundle = load_bundle(settings.bundle or fetch_bundle(cache, progress=first))
+    placement = Placement(world.device, settings.dtype, settings.kernels, settings.attention)
+    if run:
+        subject = load_subject(run, placement, step=settings.step, tokenizer=settings.tokenizer)
+    else:
+        subject = random_subject(
+            settings.depth, settings.sequence_len, placement, tokenizer=settings.tokenizer
+        )
+    subject = begin(subject, settings, world, say)
 
     # 2. Each rank evaluates its share with its own copy of the model.
     loss: dict[str, object] = {}
-    if "bpb" in settings.only:
-        loss |= text_bits_per_byte(settings, subject, world)
+    if corpus:
+        loss |= corpus_bits_per_byte(
+            subject.model,
+            subject.tokenizer,
+            corpus,
+            split_tokens=settings.split_tokens,
+            batch_size=settings.device_batch_size,
+            world=world,
+        )
     if "samples" in settings.only and world.is_main:
         loss["samples"] = samples(subject.model, subject.tokenizer)
     if loss and world.is_main:
@@ -157,91 +211,112 @@ def evaluate_base(
         write_section(subject.out, "Base model loss", loss_section(loss))
         say(loss_section(loss))
     if bundle:
-        result = evaluate_core(
-            Scorer(
-                subject.model,
-                batch_tokens=settings.batch_tokens,
-                one_at_a_time=settings.one_at_a_time,
-            ),
-            subject.tokenizer,
-            bundle,
-            max_per_task=settings.max_per_task,
-            group=world.host_group,
-            store=ResultStore(subject.out / "core", subject.identity),
-            progress=world.is_main,
-        )
+        result = score_core(settings, subject, bundle, world, say)
         if world.is_main:
             write_json(subject.out / "core.json", result.as_dict())
             result.write_csv(subject.out / "core.csv")
             write_section(subject.out, "Base model evaluation", result.section(subject.name))
         say(result.table())
+        if settings.compare_one_at_a_time:
+            alone = score_core(settings, subject, bundle, world, say, one_at_a_time=True)
+            compared = comparison(result, alone, names=("batched", "one at a time"))
+            if world.is_main:
+                (subject.out / "core-compared.md").write_text(compared, encoding="utf-8")
+            say(compared)
     say(f"results: {subject.out}")
 
 
-def load_subject(settings: BaseSettings, world: parallel.World) -> Subject:
-    text, corpus = settings.text, None
-    if "bpb" in settings.only or text.tokenizer is None:
-        with world.node_leader_first() as first:
-            corpus = prepare_corpus(
-                text.data,
-                cache=text.cache / "data",
-                train_shards=1,
-                validation=text.validation,
-                progress=first,
-            )
+def evaluate_conversation(
+    settings: ChatSettings, world: parallel.World, say: Callable[[str], None]
+) -> None:
+    # 1. Everything that is needed is there before anything is computed.
+    tag = settings.model_tag
+    run = find_run(f"runs/{settings.source}-{tag}" if tag else settings.source)
+    with world.node_leader_first() as first:
+        cache = settings.cache or cache_of_run(run)
+        tasks = {
+            name: chat_task(name, data=settings.data, cache=cache, progress=first)
+            for name in settings.tasks
+        }
+        if "HumanEval" in tasks:
+            isolation()
     placement = Placement(world.device, settings.dtype, settings.kernels, settings.attention)
-    if settings.random_weights:
-        tokenizer = Tokenizer.load(text.tokenizer)
-        config = GPTConfig.from_depth(
-            settings.depth, vocab_size=tokenizer.vocab_size, sequence_len=settings.sequence_len
-        )
-        model = random_model(config, placement)
-        name, weights = f"random d{settings.depth}", {"random": config.to_dict()}
-        out = Path("runs") / f"random-d{settings.depth}"
-    else:
-        checkpoint = find_checkpoint(settings.run, settings.step)
-        manifest = read_manifest(checkpoint)
-        tokenizer = load_tokenizer(text, corpus.name if corpus else "", checkpoint)
-        model = load_model(checkpoint, placement)
-        name = f"{settings.run.name} (step {manifest['step']})"
-        weights = {"step": manifest["step"], "files": manifest["files"]}
-        out = settings.run / "evaluation" / checkpoint.name
-    identity = {
-        **weights,
-        "tokenizer": tokenizer.fingerprint,
-        "dtype": str(placement.torch_dtype),
-        "kernels": placement.operators,
-        "one_at_a_time": settings.one_at_a_time,
-    }
-    return Subject(name, model, tokenizer, corpus, identity, settings.out or out)
+    subject = load_subject(run, placement, step=settings.step, tokenizer=settings.tokenizer)
+    subject = begin(subject, settings, world, say)
+
+    # 2. Each rank answers its share with its own copy of the model.
+    started = time.perf_counter()
+    result = evaluate_chat(
+        subject.model,
+        subject.tokenizer,
+        tasks,
+        answering=Answering(
+            max_new_tokens=settings.max_new_tokens,
+            num_samples=settings.num_samples,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=settings.seed,
+        ),
+        batch_size=settings.batch_size,
+        max_problems=settings.max_problems,
+        group=world.host_group,
+        store=ResultStore(subject.out / "chat", subject.identity),
+        progress=world.is_main,
+    )
+    say(f"chat tasks: {time.perf_counter() - started:.1f} s")
+    if world.is_main:
+        arguments = {name: getattr(settings, name) for name in REPORTED}
+        write_json(subject.out / "chat.json", {**result.as_dict(), "arguments": arguments})
+        write_section(subject.out, f"Chat evaluation {subject.stage}", result.section(arguments))
+    say(f"{result.table()}\nresults: {subject.out}")
 
 
-def text_bits_per_byte(
-    settings: BaseSettings, subject: Subject, world: parallel.World
-) -> dict[str, float]:
-    """{"train_bpb", "val_bpb"}: each of the beginning of its text, `split_tokens` in all."""
-    token_bytes = torch.from_numpy(subject.tokenizer.token_bytes()).to(world.device)
-    length = subject.model.config.sequence_len
-    batches = settings.split_tokens // (settings.device_batch_size * length * world.size)
-    figures = {}
-    for split, groups in (("train", subject.corpus.train), ("val", subject.corpus.val)):
-        loader = BatchLoader(
-            groups,
-            subject.tokenizer,
-            batch_size=settings.device_batch_size,
-            sequence_len=length,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            epochs=1,
-        )
-        try:
-            figures[f"{split}_bpb"] = bits_per_byte(
-                subject.model, islice(loader, max(1, batches)), token_bytes, world.host_group
-            )
-        finally:
-            loader.close()
-    return figures
+def begin(
+    subject: Subject, settings: ModelSettings, world: parallel.World, say: Callable[[str], None]
+) -> Subject:
+    """The subject, with the folder that its results go to, made."""
+    subject = replace(subject, out=settings.out or subject.out)
+    subject.out.mkdir(parents=True, exist_ok=True)
+    say(f"{subject.name}, {subject.identity['dtype']} on {world.size} process(es)")
+    return subject
+
+
+def load_corpus(settings: BaseSettings, run: Path | None, cache: Path, *, progress: bool) -> Corpus:
+    """The text that is given, or else that of the run."""
+    text = data_of_run(run) if run and settings.data is None else DataSettings()
+    return prepare_corpus(
+        settings.data or text.data,
+        cache=cache / "data",
+        train_shards=1,
+        validation=settings.validation or text.validation,
+        progress=progress,
+    )
+
+
+def score_core(
+    settings: BaseSettings,
+    subject: Subject,
+    bundle: Bundle,
+    world: parallel.World,
+    say: Callable[[str], None],
+    *,
+    one_at_a_time: bool = False,
+) -> CoreResult:
+    name = "core-one-at-a-time" if one_at_a_time else "core"
+    scorer = Scorer(subject.model, batch_tokens=settings.batch_tokens, one_at_a_time=one_at_a_time)
+    started = time.perf_counter()
+    result = evaluate_core(
+        scorer,
+        subject.tokenizer,
+        bundle,
+        max_per_task=settings.max_per_task,
+        group=world.host_group,
+        store=ResultStore(subject.out / name, subject.identity),
+        progress=world.is_main,
+    )
+    seconds = time.perf_counter() - started
+    say(f"{name}: {seconds:.1f} s, {scorer.tokens:,} tokens computed by this process")
+    return result
 
 
 def loss_section(loss: dict[str, object]) -> str:

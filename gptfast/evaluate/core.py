@@ -8,17 +8,27 @@ from collections.abc import Iterator, Sequence
 from heapq import heapreplace
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from gptfast.data.prefetch import Prefetch
 from gptfast.evaluate.core_bundle import Bundle
 from gptfast.evaluate.core_prompts import Item, Prompter
-from gptfast.evaluate.core_results import COLUMNS, DONE, CoreResult, ResultStore, TaskResult, judge
+from gptfast.evaluate.core_results import CoreResult, judge
 from gptfast.evaluate.core_scoring import Scorer
+from gptfast.evaluate.outcomes import (
+    DONE,
+    Asked,
+    ResultStore,
+    TaskResult,
+    complete_outcomes,
+    known_outcomes,
+    place_of,
+)
 from gptfast.tokenizer import Tokenizer
 
+# Part of what is asked: raise it when the same scores would no longer mean the same.
+_PROTOCOL = 1
 # Examples tokenised at a time, while the device scores those before.
 _CHUNK = 256
 
@@ -46,15 +56,14 @@ def evaluate_core(
     Raises:
         UserError: a task has too few examples for its shots, or an answer exceeds the context.
     """
-    rank, size = 0, 1
-    if group is not None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = place_of(group)
     context = len(scorer.model.cos)
     prompters = [
         Prompter(task, tokenizer, context=context, max_per_task=max_per_task)
         for task in bundle.tasks
     ]
-    known = _known_outcomes(prompters, store, group, rank)
+    asked = [_asked(prompter) for prompter in prompters]
+    known = known_outcomes(asked, store, group)
     shares = [each[rank] for each in share_out(prompters, known, size)]
     found = [np.zeros_like(table) for table in known]
 
@@ -68,20 +77,24 @@ def evaluate_core(
                 outcome = judge(scores, item.gold, task.kind)
                 found[number][item.index] = (1, *outcome, item.cropped)
             if store and last:
-                store.save_part(task, found[number], rank)
+                store.save_part(asked[number], found[number], rank)
             bar.update(len(items))
     finally:
         chunks.close()
         bar.close()
 
-    tables = _add_up(known, found, group)
-    results = []
-    for task, table, had in zip(bundle.tasks, tables, known):
-        assert table[:, DONE].all(), f"{task.label}: examples were not scored"
-        if store and rank == 0 and not had[:, DONE].all():
-            store.save(task, table)
-        results.append(TaskResult(task.label, task.baseline, table))
+    tables = complete_outcomes(asked, known, found, store, group)
+    results = [
+        TaskResult(task.label, task.baseline, table) for task, table in zip(bundle.tasks, tables)
+    ]
     return CoreResult(tuple(results), bundle.missing)
+
+
+def _asked(prompter: Prompter) -> Asked:
+    task = prompter.task
+    parts = ("label", "kind", "shots", "delimiter", "sha256")
+    key = {"protocol": _PROTOCOL, "task": {name: getattr(task, name) for name in parts}}
+    return Asked(task.label, len(prompter), key)
 
 
 def share_out(
@@ -112,33 +125,3 @@ def _chunks(
         for start in range(0, len(indices), _CHUNK):
             items = prompter.items(indices[start : start + _CHUNK], threads)
             yield number, items, start + _CHUNK >= len(indices)
-
-
-def _known_outcomes(
-    prompters: Sequence[Prompter],
-    store: ResultStore | None,
-    group: dist.ProcessGroup | None,
-    rank: int,
-) -> list[np.ndarray]:
-    """The tables that rank 0 finds in the store, on every rank."""
-    tables = [np.zeros((len(prompter), COLUMNS)) for prompter in prompters]
-    if store and rank == 0:
-        tables = [store.load(prompter.task, len(prompter)) for prompter in prompters]
-    if group is None:
-        return tables
-    flat = torch.from_numpy(np.concatenate(tables))
-    dist.broadcast(flat, group_src=0, group=group)
-    return _split_like(flat.numpy(), tables)
-
-
-def _add_up(
-    known: Sequence[np.ndarray], found: Sequence[np.ndarray], group: dist.ProcessGroup | None
-) -> list[np.ndarray]:
-    flat = torch.from_numpy(np.concatenate(found))
-    if group is not None:
-        dist.all_reduce(flat, group=group)
-    return _split_like(np.concatenate(known) + flat.numpy(), known)
-
-
-def _split_like(flat: np.ndarray, tables: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return np.split(flat, np.cumsum([len(table) for table in tables])[:-1])

@@ -7,31 +7,25 @@ first and their endings after it, and an ending attends to the shared part and t
 
 so that four answers to a question with ten shots cost little more than one. The last token of a
 sequence predicts nothing and is not computed. Rows of about one length make a batch, and the head
-sees the scored positions alone, in fp32: answers are compared by differences smaller than bf16's
-spacing near a logit of 8, which is 1/32.
+sees the scored positions alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptfast.evaluate.core_bundle import LANGUAGE_MODELING
 from gptfast.evaluate.core_prompts import Item, common_prefix
+from gptfast.evaluate.forward import BATCH_TOKENS, attention, groups, logits, trunk
 from gptfast.model import GPT
+from gptfast.transfer import upload
 
-# Enough for products near full rate; larger batches hold rows of more different lengths, and pad
-# more: all of CORE at 500 examples a task, 8 % at twice as many tokens, 6 % at these.
-BATCH_TOKENS = 16_384
 # Logits in memory at a time: 256 MiB in fp32.
 _LOGITS = 1 << 26
-# Not cuDNN: it plans every new shape, and here each batch has its own.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -50,9 +44,9 @@ class _Row:
     shared: int
 
     @property
-    def endings(self) -> int:
-        """Tokens computed for the endings."""
-        return sum(len(s.ids) - 1 - self.shared for s in self.sequences)
+    def size(self) -> tuple[int, int]:
+        """Tokens that are shared, and those of the endings."""
+        return self.shared, sum(len(s.ids) - 1 - self.shared for s in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -102,11 +96,10 @@ class Scorer:
         is the beginning of every other option's).
         """
         rows, places = self._rows(items)
-        # Long rows first: what does not fit in memory fails at once.
-        order = sorted(range(len(rows)), key=lambda i: -(rows[i].shared + rows[i].endings))
         results: list[Tensor] = []
         numbers: list[tuple[int, int]] = []
-        for group in self._groups(rows, order):
+        batch_tokens = 0 if self.one_at_a_time else self.batch_tokens
+        for group in groups([row.size for row in rows], batch_tokens=batch_tokens):
             batch = _pack([rows[i] for i in group], self.model.cos.device)
             results.append(self._score(batch, kind))
             numbers += [(i, j) for i in group for j in range(len(rows[i].sequences))]
@@ -136,29 +129,10 @@ class Scorer:
                 rows += [_Row([s], len(s.ids) - 1) for s in sequences]
         return rows, places
 
-    def _groups(self, rows: Sequence[_Row], order: Sequence[int]) -> Iterator[list[int]]:
-        """The rows in this order, in groups that padded have at most `batch_tokens` tokens."""
-        group: list[int] = []
-        shared = endings = 0
-        for i in order:
-            wider = max(shared, rows[i].shared), max(endings, rows[i].endings)
-            full = (len(group) + 1) * sum(wider) > self.batch_tokens or self.one_at_a_time
-            if group and full:
-                yield group
-                group, wider = [], (rows[i].shared, rows[i].endings)
-            group.append(i)
-            shared, endings = wider
-        if group:
-            yield group
-
     def _score(self, batch: _Batch, kind: str) -> Tensor:
         """(sequences,) float64."""
         self.tokens += batch.ids.numel()
-        if self.one_at_a_time:
-            residual, branch = self._plain_trunk(batch)
-        else:
-            with sdpa_kernel(_BACKENDS):
-                residual, branch = self._trunk(batch)
+        residual, branch = self._trunk(batch)
         residual, branch = residual.flatten(0, 1), branch.flatten(0, 1)
         positions = max(1, _LOGITS // len(self._head))
         values = [
@@ -170,54 +144,34 @@ class Scorer:
         return _reduce(torch.cat(values), batch, kind)
 
     def _trunk(self, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Residual and branch after the last block, (B, P + S, C): the model's arithmetic, but
-        for which token attends to which."""
-        model, config = self.model, self.model.config
+        """Residual and branch after the last block, (B, P + S, C)."""
+        model, ids = self.model, batch.ids
+        if self.one_at_a_time:
+            T = ids.shape[1]
+            return trunk(model, ids, model.cos[:T], model.sin[:T])
+
+        def attend(*qkv: Tensor) -> Tensor:
+            y = _attend(*(x.view(*ids.shape, *x.shape[2:]) for x in qkv), batch)
+            return y.reshape(1, ids.numel(), *y.shape[2:])
+
         # One row of all tokens, each with the angles of its own position.
         cos, sin = (table[batch.positions.flatten()] for table in (model.cos, model.sin))
-        residual = model.transformer["wte"](batch.ids.view(1, -1))
-        branch = torch.zeros_like(residual)
-        for block in model.blocks:
-            ops = block.ops
-            residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
-            qkv = ops.rotary_qk_norm(
-                F.linear(x, block.attn.packed_qkv()),
-                cos,
-                sin,
-                n_head=config.n_head,
-                n_kv_head=config.n_kv_head,
-                eps=config.norm_eps,
-            )
-            y = _attend(*(x.view(*batch.ids.shape, *x.shape[2:]) for x in qkv), batch)
-            branch = block.attn.c_proj(y.reshape(residual.shape))
-            residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
-            branch = block.mlp.c_proj(ops.linear_squared_relu(x, block.mlp.c_fc.weight))
-        return residual.view(*batch.ids.shape, -1), branch.view(*batch.ids.shape, -1)
-
-    def _plain_trunk(self, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """The same for rows without endings, by the model's own blocks."""
-        model, T = self.model, batch.ids.shape[1]
-        residual = model.transformer["wte"](batch.ids)
-        branch = torch.zeros_like(residual)
-        for block in model.blocks:
-            residual, branch = block(residual, branch, model.cos[:T], model.sin[:T])
+        ends = trunk(model, ids.view(1, -1), cos, sin, attend)
+        residual, branch = (x.view(*ids.shape, -1) for x in ends)
         return residual, branch
 
     def _token_values(self, residual: Tensor, branch: Tensor, targets: Tensor, kind: str) -> Tensor:
         """(M,) fp32, for (M, C) of the trunk: each target's lead over all others, or its loss."""
-        config, ops = self.model.config, self.model.lm_head.ops
-        _, x = ops.add_rms_norm(residual[None], branch[None], eps=config.norm_eps)
-        logits = F.linear(x[0].float(), self._head)
-        logits = config.softcap * torch.tanh(logits / config.softcap)
+        all_logits = logits(self.model, residual, branch, self._head)
         target = targets[:, None]
-        chosen = logits.gather(1, target)[:, 0]
+        chosen = all_logits.gather(1, target)[:, 0]
         if kind == LANGUAGE_MODELING:
-            return chosen - logits.scatter(1, target, -torch.inf).amax(1)
-        return logits.logsumexp(1) - chosen
+            return chosen - all_logits.scatter(1, target, -torch.inf).amax(1)
+        return all_logits.logsumexp(1) - chosen
 
 
 def _pack(rows: Sequence[_Row], device: torch.device) -> _Batch:
-    P, S = max(row.shared for row in rows), max(row.endings for row in rows)
+    P, S = map(max, zip(*(row.size for row in rows)))
     ids, positions = np.zeros((2, len(rows), P + S), dtype=np.int64)
     positions[:, :P] = np.arange(P)
     # Whose the tokens of the endings are; padding belongs together, so that it sees something.
@@ -236,19 +190,20 @@ def _pack(rows: Sequence[_Row], device: torch.device) -> _Batch:
             column = np.where(before < row.shared, before, begin + before - row.shared)
             predictors.append(b * (P + S) + column)
             targets.append(sequence.ids[sequence.start :])
+    mask = _mask(P, np.array([row.shared for row in rows]), owner)
     counts = [len(each) for each in targets]
     width = max(1, *counts)
-    on_device = partial(_copy, device=device)
+    put = partial(upload, device=device)
     return _Batch(
-        ids=on_device(ids),
-        positions=on_device(positions),
+        ids=put(ids),
+        positions=put(positions),
         shared=P,
-        mask=on_device(_mask(P, np.array([row.shared for row in rows]), owner)) if S else None,
-        predictors=on_device(np.concatenate(predictors)),
-        targets=on_device(np.concatenate(targets).astype(np.int64)),
-        cells=on_device(np.concatenate([i * width + np.arange(n) for i, n in enumerate(counts)])),
+        mask=put(mask, dtype=torch.bool) if S else None,
+        predictors=put(np.concatenate(predictors)),
+        targets=put(np.concatenate(targets)),
+        cells=put(np.concatenate([i * width + np.arange(n) for i, n in enumerate(counts)])),
         width=width,
-        counts=on_device(np.array(counts)),
+        counts=put(np.array(counts)),
     )
 
 
@@ -261,26 +216,13 @@ def _mask(P: int, shared: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return np.concatenate((seen, own), axis=2)[:, None]
 
 
-def _copy(array: np.ndarray, device: torch.device) -> Tensor:
-    """On the device, without waiting for what it is doing."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, batch: _Batch) -> Tensor:
     """q (B, P + S, H, D), k and v (B, P + S, Hkv, D) -> (B, P + S, H, D)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.shape[1] != k.shape[1]:
-        # Not every backend takes fewer heads of k and v.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     P = batch.shared
-    y = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
-    if batch.mask is not None:
-        endings = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=batch.mask)
-        y = torch.cat((y, endings), dim=2)
-    return y.transpose(1, 2)
+    y = attention(q[:, :P], k[:, :P], v[:, :P])
+    if batch.mask is None:
+        return y
+    return torch.cat((y, attention(q[:, P:], k, v, batch.mask)), dim=1)
 
 
 def _reduce(values: Tensor, batch: _Batch, kind: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run's model and tokenizer back from its folder, to be evaluated: plain, in one piece."""
+"""A run's model and tokenizer back from its folder, to evaluate or talk to: in one piece."""
 
 import json
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ import torch
 
 from gptfast.attention import choose_attention
 from gptfast.checkpoint_files import list_steps, load_full_state, read_manifest, step_folder
-from gptfast.config import DataSettings
+from gptfast.config import DEFAULT_CACHE, DataSettings
 from gptfast.errors import UserError
 from gptfast.model import GPT, GPTConfig, rotary_table
 from gptfast.preflight import tokenizer_folder
+from gptfast.run import stage_of
 from gptfast.tokenizer import Tokenizer
 
 
@@ -48,7 +49,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
 
 
 def data_of_run(run: Path) -> DataSettings:
-    """What the run was trained on. UserError if its settings.json does not tell."""
+    """What the base run was trained on. UserError if its settings.json does not tell."""
     path = run / "settings.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["data"]
@@ -58,11 +59,26 @@ def data_of_run(run: Path) -> DataSettings:
         raise UserError(f"{path} does not tell what the run was trained on: {error}") from error
 
 
-def load_tokenizer(data: DataSettings, corpus_name: str, checkpoint: Path) -> Tokenizer:
-    """The tokenizer that the checkpoint's model was trained with; UserError if it is not there."""
+def cache_of_run(run: Path) -> Path:
+    """Where the run keeps what it fetches: the default if its settings.json does not tell."""
+    path = run / "settings.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parts = [part for part in saved.values() if isinstance(part, dict)]
+    return Path(next((part["cache"] for part in parts if "cache" in part), DEFAULT_CACHE))
+
+
+def load_tokenizer(checkpoint: Path, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer that the checkpoint's model was trained with, whatever the stage.
+
+    folder: where it lies; None: where the run had it. UserError if it is not there.
+    """
     meta = read_manifest(checkpoint)["meta"]
-    vocab_size = meta["model_config"]["vocab_size"]
-    folder = data.tokenizer or tokenizer_folder(data.cache, corpus_name, vocab_size)
+    folder = folder or _tokenizer_folder(checkpoint, meta)
+    if not folder.is_dir():
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer in {folder}, which is not there: give "
+            "its folder as --tokenizer"
+        )
     tokenizer = Tokenizer.load(folder)
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
@@ -70,6 +86,20 @@ def load_tokenizer(data: DataSettings, corpus_name: str, checkpoint: Path) -> To
             f"with {meta['tokenizer'][:12]}: give the folder of that one as --tokenizer"
         )
     return tokenizer
+
+
+def _tokenizer_folder(checkpoint: Path, meta: dict) -> Path:
+    run = checkpoint.parents[1]
+    # In the run, which may have been moved since.
+    if (run / "tokenizer").is_dir():
+        return run / "tokenizer"
+    if "tokenizer_folder" in meta:
+        return Path(meta["tokenizer_folder"])
+    # A base run that kept no tokenizer of its own.
+    data = data_of_run(run)
+    corpus = str(Path(data.data).expanduser())
+    vocab_size = meta["model_config"]["vocab_size"]
+    return data.tokenizer or tokenizer_folder(data.cache, corpus, vocab_size)
 
 
 def load_model(checkpoint: Path, placement: Placement) -> GPT:
@@ -97,6 +127,62 @@ def random_model(config: GPTConfig, placement: Placement, *, seed: int = 0) -> G
             value = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(value * parameter.shape[1] ** -0.5)
     return model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated. identity: JSON values that tell its scores from another model's, or from
+    the same model's elsewhere. out: where results belong."""
+
+    name: str
+    stage: str
+    model: GPT
+    tokenizer: Tokenizer
+    identity: dict[str, object]
+    out: Path
+
+
+def load_subject(
+    run: Path, placement: Placement, *, step: int | None = None, tokenizer: Path | None = None
+) -> Subject:
+    """The run's model of this step, or its newest; see load_tokenizer for the tokenizer."""
+    checkpoint = find_checkpoint(run, step)
+    manifest = read_manifest(checkpoint)
+    # First, as it is the sooner wrong.
+    loaded = load_tokenizer(checkpoint, tokenizer)
+    weights = {"step": manifest["step"], "files": manifest["files"]}
+    return Subject(
+        name=f"{run.name} (step {manifest['step']})",
+        stage=manifest["meta"].get("stage") or stage_of(run),
+        model=load_model(checkpoint, placement),
+        tokenizer=loaded,
+        identity=weights | _circumstances(loaded, placement),
+        out=run / "evaluation" / checkpoint.name,
+    )
+
+
+def random_subject(
+    depth: int, sequence_len: int, placement: Placement, *, tokenizer: Path
+) -> Subject:
+    """A model that knows nothing, to see what guessing gives."""
+    loaded = Tokenizer.load(tokenizer)
+    config = GPTConfig.from_depth(depth, vocab_size=loaded.vocab_size, sequence_len=sequence_len)
+    return Subject(
+        name=f"random d{depth}",
+        stage="base",
+        model=random_model(config, placement),
+        tokenizer=loaded,
+        identity={"random": config.to_dict()} | _circumstances(loaded, placement),
+        out=Path("runs") / f"random-d{depth}",
+    )
+
+
+def _circumstances(tokenizer: Tokenizer, placement: Placement) -> dict[str, object]:
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": str(placement.torch_dtype),
+        "kernels": placement.operators,
+    }
 
 
 def _without_weights(config: GPTConfig, placement: Placement) -> GPT:
