@@ -1,0 +1,98 @@
+"""Talk to a trained model in the terminal.
+
+    python train/chat.py                                       the best model in runs/ that had SFT
+    python train/chat.py --source rl --temperature 0.8
+    python train/chat.py --source runs/my-run --step 600 -p "Why is the sky blue?"
+    cat questions.txt | python train/chat.py                   a line, an answer
+
+/help lists what can be typed besides messages; Ctrl-C stops an answer.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from gptfast.chat_terminal import Chat, ChatOptions, Terminal
+from gptfast.engine import Engine
+from gptfast.evaluate.loading import Placement, load_subject
+from gptfast.run import exit_code, find_run
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    source: str = "sft"
+    """A stage, of which the best run in runs/ is taken: sft, mid, rl, base; or a run's folder."""
+    step: int | None = None
+    """Which of its checkpoints; the newest otherwise."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """One message to answer, instead of a conversation."""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
+    """0 always takes the likeliest token."""
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
+    """Draw from so many of the likeliest tokens; 0: from all."""
+    max_tokens: int = 256
+    """The longest answer."""
+    seed: int | None = None
+    """Makes answers repeatable."""
+    device: Literal["auto", "cpu"] = "auto"
+
+
+def main() -> None:
+    settings = tyro.cli(ChatSettings, description=__doc__)
+    options = ChatOptions(settings.temperature, settings.top_k or None, settings.max_tokens)
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+
+    on_gpu = torch.cuda.is_available() and settings.device == "auto"
+    placement = Placement(torch.device("cuda" if on_gpu else "cpu"))
+    subject = load_subject(find_run(settings.source), placement, step=settings.step)
+    say(f"{subject.name} on {placement.device}, {placement.torch_dtype}")
+    takes_turns = subject.stage != "base"
+    if not takes_turns:
+        say("a base model knows no conversations: it continues what you write")
+
+    # Compiling would take longer than most conversations save by it.
+    engine = Engine(subject.model, subject.tokenizer, max_rows=1, compiled=False)
+    chat = Chat(engine, options, takes_turns=takes_turns)
+    at_a_keyboard = sys.stdin.isatty()
+    terminal = Terminal(chat, read=ask if at_a_keyboard else next_line, write=write, say=say)
+    # What the terminal's encoding lacks, or is no text in a pipe, ends no conversation.
+    sys.stdout.reconfigure(errors="replace")
+    if settings.prompt is not None:
+        terminal.answer(settings.prompt)
+        return
+    sys.stdin.reconfigure(errors="replace")
+    if at_a_keyboard:
+        # With it, input() lets a line be edited and recalls earlier ones.
+        import readline  # noqa: F401
+
+        say("/help lists the commands")
+    terminal.run()
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def ask(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except EOFError:
+        # The shell's own prompt shall not follow ours.
+        write("\n")
+        raise
+
+
+def next_line(_prompt: str) -> str:
+    return input()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
