@@ -1,0 +1,132 @@
+"""An engine that answers requests as they come: what the server runs once for each GPU.
+
+A worker speaks over a connection and knows nothing else of the server. It is a process of its own,
+so that Python's lock is never in the way: launching kernels does not wait for the event loop, nor
+the event loop for them. It ends when it is told to, or the other end of the connection is gone,
+however that came.
+"""
+
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gptfast.engine import Engine
+from gptfast.errors import UserError
+from gptfast.evaluate.loading import Placement, load_model, load_tokenizer
+from gptfast.generation import Generation, Request, Row
+
+# Why an answer ends, in OpenAI's words.
+STOP, LENGTH = "stop", "length"
+
+
+class Add(NamedTuple):
+    """To the worker. At most as many as it has slots may be unfinished."""
+
+    number: int
+    request: Request
+
+
+class Cancel(NamedTuple):
+    """To the worker: nobody wants the rest. Nothing happens if that is finished by now."""
+
+    number: int
+
+
+class End(NamedTuple):
+    """To the worker, last of all."""
+
+
+class Ready(NamedTuple):
+    """From the worker, once. context: the most tokens of prompt and answer."""
+
+    device: str
+    context: int
+
+
+class Progress(NamedTuple):
+    """From the worker, in lists: new tokens of one request; `finish` with the last of them."""
+
+    number: int
+    ids: list[int]
+    finish: str | None
+
+
+class Failed(NamedTuple):
+    """From the worker, last of all. `by_user`: the message says how to mend it."""
+
+    message: str
+    by_user: bool
+
+
+def work_in_process(connection: Connection, *arguments) -> None:
+    """`work`, where signals that the whole process group gets are the server's to obey."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    work(connection, *arguments)
+
+
+def work(
+    connection: Connection, make_engine: Callable[[], Engine], slots: int, context: int | None
+) -> None:
+    """Serve the connection until it closes.
+
+    context: the most tokens of prompt and answer; None: as many as the model was trained with.
+    """
+    with connection:
+        try:
+            engine = make_engine()
+            context = context or engine.model.config.sequence_len
+            if context > engine.context:
+                raise UserError(f"context {context}, but the model has {engine.context} positions")
+            generation = engine.open(slots, context)
+            generation.warm_up()
+            connection.send(Ready(str(engine.device), context))
+            _answer(connection, generation)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            # The server is gone: there is nobody to tell.
+            return
+        except UserError as error:
+            connection.send(Failed(str(error), by_user=True))
+        except Exception as error:
+            connection.send(Failed(f"{type(error).__name__}: {error}", by_user=False))
+            raise
+
+
+def _answer(connection: Connection, generation: Generation) -> None:
+    rows: dict[int, Row] = {}
+    while True:
+        # Waits for a message only where there is nothing to do.
+        while not generation.busy or connection.poll():
+            match connection.recv():
+                case Add(number, request):
+                    rows[number] = generation.add(number, request)
+                case Cancel(number) if number in rows:
+                    generation.cancel(rows.pop(number))
+                case End():
+                    return
+        new: dict[int, list[int]] = {}
+        for token in generation.step():
+            ids = new.setdefault(token.sequence, [])
+            if not (token.sampled and token.id in rows[token.sequence].stop):
+                ids.append(token.id)
+        news = []
+        for number, ids in new.items():
+            row = rows[number]
+            finish = (STOP if row.stopped else LENGTH) if row.done else None
+            news.append(Progress(number, ids, finish))
+            if row.done:
+                del rows[number]
+        if news:
+            connection.send(news)
+
+
+def load_engine(checkpoint: Path, tokenizer: Path | None, placement: Placement) -> Engine:
+    """Of a checkpoint; tokenizer: its folder, where it is not the run's own."""
+    if placement.device.type == "cuda":
+        # Triton launches on the current device.
+        torch.cuda.set_device(placement.device)
+    return Engine(load_model(checkpoint, placement), load_tokenizer(checkpoint, tokenizer))

@@ -1,0 +1,66 @@
+"""bench/sft.py at toy size: both ways run, and its counts are right."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench import sft
+from gptfast import parallel
+from gptfast.chat_data import PackedRows
+from gptfast.model import GPTConfig, flops_per_token
+from tests.tuning_cases import plain_newton_schulz
+
+__all__ = ["plain_newton_schulz"]
+
+
+@pytest.mark.usefixtures("plain_newton_schulz")
+def test_both_ways_are_measured_and_written(tmp_path, capsys):
+    settings = sft.preset(on_gpu=False)
+    out = tmp_path / "sft.json"
+    with parallel.start(cpu=True) as world:
+        torch.set_num_threads(1)
+        sft.bench(replace(settings, measure=replace(settings.measure, out=out)), world)
+    printed = capsys.readouterr().out
+    assert "packed / reference, useful tokens a second" in printed
+    result = json.loads(out.read_text())
+    assert result == json.loads(printed.splitlines()[-1])
+    for way, padding in (("packed", 0.1), ("reference", 0.6)):
+        found = result["ways"][way]
+        assert 0 < found["supervised_tokens_per_second"] < found["useful_tokens_per_second"]
+        assert found["useful_tokens_per_second"] < found["computed_tokens_per_second"]
+        assert found["padding"] < padding
+    assert result["ways"]["reference"]["conversations_per_step"] == 8
+
+
+def test_made_up_conversations_fit_and_have_something_to_learn():
+    tokens = sft.made_up(500, 2048, 65536)
+    assert tokens.lengths.max() <= 2048
+    assert 400 < tokens.lengths.mean() < 550
+    rows = PackedRows(tokens, 2048)
+    assert rows.conversations == 500
+    assert 0.4 < rows.supervised_tokens / rows.useful_tokens < 0.8
+
+
+def test_flops_of_lengths_are_those_of_each_length():
+    config = GPTConfig.from_depth(4, vocab_size=512)
+    way = object.__new__(sft.Way)
+    way.config = config
+    lengths = [10, 200, 1000]
+    want = sum(n * flops_per_token(config, context=n) for n in lengths)
+    assert way._flops(lengths) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_padded_loader_pads_to_the_longest_of_four():
+    rows = PackedRows(sft.made_up(40, 64, 300), 64, pack=False)
+    loader = sft.PaddedLoader(rows, torch.device("cpu"))
+    for first in (0, 4):
+        lengths = [rows.lengths(first + row)[0] for row in range(4)]
+        inputs, targets, weights, documents = next(loader)
+        assert inputs.shape == targets.shape == (4, max(lengths))
+        assert weights is documents is None
+        for row, length in enumerate(lengths):
+            assert (targets[row, length:] == -1).all()
+            assert np.count_nonzero(targets[row] >= 0) > 0

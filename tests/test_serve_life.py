@@ -1,0 +1,362 @@
+"""The server's life: its beginning, crowds and their queue, failures, its end; and the recipe."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from gptfast.checkpoint import Checkpointer
+from gptfast.conversation import render_messages
+from gptfast.engine import Engine
+from gptfast.errors import UserError
+from gptfast.evaluate.loading import Placement
+from gptfast.run import exit_code
+from gptfast.serve.app import Defaults, create_app
+from gptfast.serve.pool import Pool
+from gptfast.serve.server import listen, serve
+from gptfast.serve.worker import load_engine
+from gptfast.speech import Speech, text_of
+from tests.engine_cases import CONFIG, tool_model
+from tests.serve_cases import (
+    HELLO,
+    TOKENIZER,
+    ScriptedEngine,
+    engine_alone,
+    expected,
+    post,
+    running,
+    wait_until,
+)
+from train import serve as recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+class WatchedEngine(Engine):
+    """Remembers its last generation, so that a test can look at the slots."""
+
+    def open(self, slots: int, length: int):
+        self.generation = super().open(slots, length)
+        return self.generation
+
+
+async def one_of_many(server, http: httpx.AsyncClient, number: int) -> tuple[str, str]:
+    """(what happened, the text); every third goes away early, every eighth sends nonsense."""
+    body = json.dumps({"messages": HELLO, "seed": number, "max_tokens": 30, "stream": True})
+    content = body[: number % len(body)] if number % 8 == 0 else body
+    patience = random.Random(number).randint(0, 3) if number % 3 == 0 else 1000
+    headers, text = {"Content-Type": "application/json"}, ""
+    url = f"{server.url}/v1/chat/completions"
+    async with http.stream("POST", url, content=content, headers=headers) as response:
+        if response.status_code != 200:
+            return str(response.status_code), ""
+        async for line in response.aiter_lines():
+            if patience == 0:
+                return "left", text
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+                patience -= 1
+    return "done", text
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_a_crowd_with_people_leaving_and_nonsense():
+    """Sixty-four at a time, for eight slots: whoever stays gets the answer that is theirs."""
+    engine = WatchedEngine(tool_model(), TOKENIZER)
+    with running(lambda: engine) as it:
+        before = open_files()
+        assert_a_crowd_is_served(it)
+        # Nothing of them is left: no slot, no task, no connection, no file.
+        it.wait_until_idle()
+        wait_until(lambda: not engine.generation.busy)
+        assert all(row is None or row.done for row in engine.generation.slots)
+        state = it.server.server_state
+        wait_until(lambda: len(state.tasks) == len(state.connections) == 0)
+        wait_until(lambda: open_files() <= before)
+        assert it.pool.refused == 0
+
+
+def assert_a_crowd_is_served(server) -> None:
+    numbers = range(1, 65)
+
+    async def crowd() -> list[tuple[str, str]]:
+        limits = httpx.Limits(max_connections=len(numbers))
+        async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+            return await asyncio.gather(*(one_of_many(server, http, n) for n in numbers))
+
+    results = asyncio.run(crowd())
+    prompt = render_messages(TOKENIZER, HELLO)
+    options = {"temperature": 0.8, "top_k": 50, "max_tokens": 30, "seeds": list(numbers)}
+    sequences, _ = engine_alone().generate_batch([prompt] * len(numbers), **options)
+    for number, (outcome, text), ids in zip(numbers, results, sequences):
+        speech = Speech(TOKENIZER)
+        want = text_of(speech.feed(ids[len(prompt) :]) + speech.close())
+        if number % 8 == 0:
+            assert outcome in ("400", "422")
+        elif outcome == "left":
+            assert want.startswith(text)
+        else:
+            assert (outcome, text) == ("done", want)
+    assert {"done", "left", "400"} <= {outcome for outcome, _ in results}
+
+
+class Asking:
+    """A request for a stream of which a test reads what it likes, or which it breaks off."""
+
+    def __init__(self, server, **options) -> None:
+        body = json.dumps({"messages": HELLO, "max_tokens": 4000, "stream": True, **options})
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        address = httpx.URL(server.url)
+        self.socket = socket.create_connection((address.host, address.port), timeout=20)
+        self.socket.sendall((head + body).encode())
+        self.received = ""
+
+    def read(self, until: str | None = None) -> str:
+        """All that came, until it holds this; otherwise to its end."""
+        while until is None or until not in self.received:
+            more = self.socket.recv(65536).decode()
+            if not more:
+                assert until is None, self.received
+                self.leave()
+                break
+            self.received += more
+        return self.received
+
+    def leave(self) -> None:
+        self.socket.close()
+
+
+def test_the_queue_and_those_who_leave_it():
+    engine = ScriptedEngine(lambda _: "word " * 2000, pause=0.002)
+    with running(lambda: engine, slots=1, queue=1, context=None) as it:
+        first, second = Asking(it), None
+        first.read("word")
+        second = Asking(it)
+        it.wait_until(lambda: it.pool.waiting == 1)
+        refused = post(it, {"messages": HELLO})
+        assert refused.status_code == 429
+        message = "all slots are taken and 1 requests wait for one already: try again later"
+        assert refused.json()["error"] == {
+            "message": message,
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "queue_full",
+        }
+        assert int(refused.headers["retry-after"]) >= 1
+        second.leave()
+        it.wait_until(lambda: it.pool.waiting == 0)
+        third = Asking(it)
+        it.wait_until(lambda: it.pool.waiting == 1)
+        assert "data" not in third.received
+        first.leave()
+        third.read("word")
+        third.leave()
+        it.wait_until_idle()
+        # So does one that waits for the whole answer.
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{it.url}/v1/chat/completions",
+                json={"messages": HELLO, "max_tokens": 4000},
+                timeout=0.3,
+            )
+        it.wait_until_idle()
+        it.wait_until(lambda: not engine.busy)
+        assert it.pool.cancelled == 4
+        assert it.pool.refused == 1
+
+
+# Beginnings and ends
+
+
+def test_before_the_model_is_loaded():
+    loaded = threading.Event()
+
+    def load() -> ScriptedEngine:
+        loaded.wait(20)
+        return ScriptedEngine(str.upper)
+
+    with running(load, ready=False) as it:
+        health = httpx.get(f"{it.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "starting")
+        refused = post(it, {"messages": HELLO})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "starting")
+        assert refused.headers["retry-after"] == "1"
+        assert httpx.get(it.url).status_code == 200
+        loaded.set()
+        it.wait_until(lambda: httpx.get(f"{it.url}/health").status_code == 200)
+        answer = post(it, {"messages": HELLO}).json()["choices"][0]
+        assert (answer["message"]["content"], answer["finish_reason"]) == ("HELLO", "stop")
+
+
+def test_running_answers_finish_when_the_server_stops():
+    engine = ScriptedEngine(lambda _: "word " * 50, pause=0.004)
+    with running(lambda: engine, slots=1, queue=1) as it:
+        running_one = Asking(it)
+        running_one.read("word")
+        waiting = Asking(it)
+        it.wait_until(lambda: it.pool.waiting == 1)
+        it.server.should_exit = True
+        refused = waiting.read()
+        assert refused.startswith("HTTP/1.1 503")
+        assert '"code":"shutting_down"' in refused
+        whole = running_one.read()
+        assert re.sub(r'.*?"content": "(.*?)"|.', r"\1", whole, flags=re.DOTALL) == "word " * 50
+        assert "data: [DONE]" in whole
+        it.thread.join(5)
+        with pytest.raises(ConnectionRefusedError):
+            Asking(it)
+
+
+def test_what_runs_at_the_deadline_is_told():
+    engine = ScriptedEngine(lambda _: "word " * 5000, pause=0.004)
+    with running(lambda: engine, context=None, shutdown_seconds=0.3) as it:
+        late = Asking(it)
+        late.read("word")
+        begin = time.monotonic()
+        it.stop()
+        assert '"code": "shutting_down"' in late.read()
+        assert time.monotonic() - begin < 3
+
+
+def test_a_model_that_fails():
+    def fail(asked: str) -> str:
+        raise UserError("no room for more")
+
+    with running(lambda: ScriptedEngine(fail)) as it:
+        refused = post(it, {"messages": HELLO})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "failed")
+        assert it.pool.failure.message == "no room for more"
+        health = httpx.get(f"{it.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+
+
+def test_a_model_that_cannot_be_loaded(monkeypatch):
+    """The server ends and says why."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    pool = Pool([Impossible], slots=1, queue=1, context=481, in_process=False)
+    app, said = create_app(pool, TOKENIZER, name="tiny"), []
+    with pytest.raises(UserError, match="context 481, but the model has 480 positions"):
+        serve(app, pool, listen("127.0.0.1", 0), shutdown_seconds=1, say=said.append)
+    assert len(said) == 1
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+: loading the model; Ctrl-C .*", said[0])
+
+
+class Impossible(ScriptedEngine):
+    def __init__(self) -> None:
+        super().__init__(str)
+        self.context = 480
+
+
+# The recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sft-d1"
+    TOKENIZER.save(folder / "tokenizer")
+    meta = {
+        "model_config": CONFIG.to_dict(),
+        "tokenizer": TOKENIZER.fingerprint,
+        "tokenizer_folder": str(folder / "tokenizer"),
+    }
+    parameters = tool_model().named_parameters()
+    checkpointer = Checkpointer(folder / "checkpoints", keep=1)
+    checkpointer.save(7, {f"model.{n}": p.detach() for n, p in parameters}, {}, meta)
+    checkpointer.close()
+    return folder
+
+
+def start(*flags: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "serve.py"), "--device=cpu", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """Of the processes that it started, those that hold a model."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [
+        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def test_the_recipe_from_start_to_sigterm(run):
+    process = start(f"--source={run}", "--port=0", "--slots=4", "--context=400")
+    try:
+        assert process.stdout.readline() == f"{run}, step_000007\n"
+        url = process.stdout.readline().partition(": ")[0]
+        wanted = "ready: 1 x 4 answers at a time on cpu, 400 tokens each\n"
+        assert process.stdout.readline() == wanted
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            answer = client.chat.completions.create(
+                model="sft-d1", messages=HELLO, seed=9, max_tokens=30
+            )
+            assert answer.choices[0].message.content == expected(HELLO, seed=9)["content"]
+            stream = client.chat.completions.create(
+                model="sft-d1", messages=HELLO, seed=9, stream=True, max_tokens=300
+            )
+            next(stream)
+            # As Ctrl-C and service managers do: to the worker as well.
+            for pid in (*workers(process), process.pid):
+                os.kill(pid, signal.SIGTERM)
+            finishes = [chunk.choices[0].finish_reason for chunk in stream]
+            assert finishes[-1] in ("stop", "length")
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out, err) == (0, "", "")
+    finally:
+        process.kill()
+
+
+def test_a_worker_that_is_killed(run):
+    load = partial(
+        load_engine, run / "checkpoints" / "step_000007", None, Placement(torch.device("cpu"))
+    )
+    with running(load, in_process=True, defaults=Defaults(max_tokens=390)) as it:
+        asking = Asking(it, max_tokens=None, stream=True, temperature=0)
+        asking.read("data")
+        os.kill(it.pool.replicas[0].process_id, signal.SIGKILL)
+        assert '"code": "failed"' in asking.read()
+        it.wait_until(lambda: it.pool.state == "failed")
+        assert it.pool.failure.message == "its process has ended"
+        assert post(it, {"messages": HELLO}).status_code == 503
+
+
+def test_mistakes_are_told_before_anything_is_loaded(run, monkeypatch, capsys):
+    monkeypatch.delenv("GPTFAST_TOKEN", raising=False)
+    for flags, words in (
+        (["--host=0.0.0.0", f"--source={run}"], "set a token"),
+        (["--source=nowhere"], "nowhere is no run's folder"),
+        (["--device=cpu", "--num-gpus=2", f"--source={run}"], "but a CPU holds one copy"),
+        ([f"--source={run}", "--slots=0"], "slots must be at least 1, got 0"),
+        ([f"--source={run}", "--step=3"], "no checkpoint of step 3"),
+        ([f"--source={run}", "--port=0", "--top-k=0"], "top_k 0: Input should be greater"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
+        assert exit_code(recipe.main) == 2
+        out, err = capsys.readouterr()
+        assert words in err
+        assert (out, len(err.splitlines())) == ("", 1)
