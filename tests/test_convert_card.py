@@ -1,0 +1,81 @@
+"""The model card: metadata that the Hub's own library reads, figures out of the run's folder."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from gptfast.convert.card import MISSING, model_card
+from gptfast.convert.trained import TrainedModel, write_run
+from gptfast.run import write_json
+from tests.convert_cases import make_trained
+
+
+@pytest.fixture(scope="module")
+def trained() -> TrainedModel:
+    return make_trained()
+
+
+def test_the_card_tells_what_the_run_tells(trained, tmp_path):
+    run = tmp_path / "sft-d20"
+    write_run(run, trained, origin="somewhere")
+    mixture = {"train": ["gsm8k", "/home/me/secret/texts.jsonl:2"]}
+    start = {"source": "/home/me/secret/mid-d20"}
+    write_json(run / "settings.json", {"mixture": mixture, "start": start})
+    write_json(
+        run / "environment.json",
+        {"device": "NVIDIA H200", "processes": 4, "nodes": 1, "torch": "2.13", "git_commit": "ab1"},
+    )
+    write_json(
+        run / "summary.json",
+        {"step": 42, "training_seconds": 5400.0, "evaluations": [{"val_bpb": 1.25}]},
+    )
+    evaluation = run / "evaluation" / "step_000042"
+    evaluation.mkdir(parents=True)
+    tasks = {"ARC-Easy": {"accuracy": 0.3876, "centered": 0.18}}
+    write_json(evaluation / "chat.json", {"chatcore_metric": None, "missing": [], "tasks": tasks})
+    write_json(evaluation / "core.json", {"core_metric": 0.2219, "missing": [], "tasks": {}})
+    other = run / "evaluation" / "step_000041"
+    other.mkdir()
+    write_json(other / "loss.json", {"train_bpb": 0.5, "val_bpb": 0.5})
+
+    model_card(run, trained, name="d20", license="mit").save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert (card.data.language, card.data.datasets) == (None, None)
+    results = {(r.dataset_type, r.dataset_config): r.metric_value for r in card.data.eval_results}
+    assert results == {("allenai/ai2_arc", "ARC-Easy"): 0.3876, ("core", None): 0.2219}
+    assert "| Hardware | 4 x NVIDIA H200, 1 node(s) |" in card.text
+    assert "| Training time | 1.50 h (5,400 s): steps of this stage alone" in card.text
+    assert "| Data | gsm8k, texts.jsonl:2 |" in card.text
+    assert "| Started from | mid-d20 |" in card.text
+    assert "secret" not in card.content
+    assert "| Stage | sft |" in card.text
+    assert "| ARC-Easy | 0.3876 |" in card.text
+    assert f"| MMLU | {MISSING} |" in card.text
+    assert f"| Validation text, bits per byte | {MISSING} |" in card.text
+    assert "apply_chat_template" in card.text
+
+
+def test_the_card_of_a_run_that_tells_nothing_says_so(trained, tmp_path):
+    write_run(tmp_path / "run", trained, origin="a checkpoint of nanochat", stage="base")
+    card = model_card(tmp_path / "run", trained, name="m")
+    for name in ("Hardware", "Training time", "Tokens", "gptfast", "CORE", "ChatCORE", "GSM8K"):
+        assert f"| {name} | {MISSING} |" in card.text
+    assert "| Data | not known: imported from a checkpoint of nanochat |" in card.text
+    assert "| License | not stated |" in card.text
+    assert "was not taught to chat" in card.text
+    assert card.data.eval_results is None
+    assert not re.search(r"\{\w+\}", card.text)
+
+
+def test_what_a_base_run_of_fineweb_says_in_its_metadata(trained, tmp_path):
+    write_run(tmp_path / "base-d20", trained, origin="somewhere")
+    write_json(tmp_path / "base-d20" / "settings.json", {"data": {"data": "fineweb-edu"}})
+    card = model_card(tmp_path / "base-d20", trained, name="m")
+    assert card.data.datasets == ["karpathy/fineweb-edu-100b-shuffle"]
+    assert card.data.language == "en"
+    assert "| Data | fineweb-edu |" in card.text
+    assert "| Started from | nothing |" in card.text
