@@ -1,0 +1,268 @@
+"""The stages' sections, in the reference report's order and with its fields.
+
+A section begins with the reference's fields in their order, ours beside them; what only we know
+follows. A stage that was not run keeps its fields, empty on our side.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+from gptfast import hardware
+from gptfast.evaluate.samples import PROMPTS
+from gptfast.report import curves
+from gptfast.report.document import (
+    ABSENT,
+    DONE,
+    UNFINISHED,
+    Block,
+    Cell,
+    Fact,
+    Facts,
+    Samples,
+    Section,
+    Table,
+    Text,
+)
+from gptfast.report.figures import RESULTS
+from gptfast.report.reference import ALIASES, gpu_peak, reference
+from gptfast.report.runs import Folders, Run, leaves
+from gptfast.report.spelling import MISSING, short_gpu, spell
+
+TOKENIZER, TOKENIZER_EVALUATION = "Tokenizer training", "Tokenizer evaluation"
+BASE, LOSS, CORE = "Base model training", "Base model loss", "Base model evaluation"
+# A stage's section of training, and of its evaluation by chat tasks.
+TRAINING = {"base": BASE, "mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"}
+CHAT = {stage: f"Chat evaluation {stage}" for stage in ("mid", "sft", "rl")}
+
+
+def stage_sections(folders: Folders) -> list[Section]:
+    base, mid, sft, rl = (folders.runs.get(stage) for stage in TRAINING)
+    return [
+        tokenizer_training(folders.tokenizer),
+        tokenizer_evaluation(folders.tokenizer),
+        training("base", base),
+        base_loss(base),
+        base_evaluation(base),
+        training("mid", mid),
+        chat_evaluation("mid", mid),
+        training("sft", sft),
+        chat_evaluation("sft", sft),
+        training("rl", rl),
+        chat_evaluation("rl", rl),
+    ]
+
+
+def tokenizer_training(tokenizer: Mapping) -> Section:
+    ours = tokenizer.get("training", {})
+    return _section(
+        TOKENIZER,
+        [Facts(side_by_side(ours, _theirs(TOKENIZER)))],
+        status=DONE if ours else ABSENT,
+        timestamp=tokenizer.get("timestamp", ""),
+    )
+
+
+def tokenizer_evaluation(tokenizer: Mapping) -> Section:
+    found = tokenizer.get("evaluation", {})
+    blocks: list[Block] = []
+    if "skipped" in found:
+        blocks.append(Text(f"Not compared: {found['skipped']}", warning=True))
+        found = {}
+    for label, theirs in reference()["tokenizer_tables"].items():
+        pairs = zip_longest(found.get(label, []), theirs, fillvalue={})
+        columns = ("Text Type", "Bytes", f"{label} Tokens", f"{label} Ratio")
+        columns += ("Our Tokens", "Our Ratio", "Relative Diff %")
+        rows = tuple(_tokenizer_row(*pair) for pair in pairs)
+        blocks.append(Table(columns, rows, title=f"Comparison with {label}"))
+    legend = (
+        "Ratio: bytes a token. Relative diff: how many per cent fewer tokens are ours. The texts "
+        "are of the same kinds as the reference's, not the same texts."
+    )
+    return _section(
+        TOKENIZER_EVALUATION,
+        [*blocks, Text(legend)],
+        status=DONE if found else ABSENT,
+        timestamp=tokenizer.get("evaluation_timestamp", "") if found else "",
+    )
+
+
+def _tokenizer_row(mine: Mapping, ref: Mapping) -> tuple[Cell | str, ...]:
+    def figures(row: Mapping) -> list[str]:
+        if not row:
+            return [MISSING] * 6
+        size, theirs, ours = row["bytes"], row["theirs"], row["ours"]
+        diff = 100 * (theirs - ours) / theirs
+        return [
+            *(f"{size:,}", f"{theirs:,}", f"{size / theirs:.2f}"),
+            *(f"{ours:,}", f"{size / ours:.2f}", f"{diff:+.1f} %"),
+        ]
+
+    cells = (Cell(*pair) for pair in zip(figures(mine), figures(ref), strict=True))
+    return (str(mine.get("text") or ref.get("text", "")), *cells)
+
+
+def training(stage: str, run: Run | None) -> Section:
+    """Settings, results and curves of a stage that trains."""
+    title = TRAINING[stage]
+    theirs = _theirs(title)
+    settings = _settings(run, theirs) if run else {}
+    results = RESULTS[stage](run) if run else {}
+    blocks = _settings_and_results(settings, results, theirs, _notes(stage, run))
+    if run is None:
+        return _section(title, blocks, status=ABSENT)
+    if not run.finished:
+        blocks.insert(0, Text(f"Not finished: {run.steps_done:,} step(s) done.", warning=True))
+    return _section(
+        title,
+        [*blocks, *curves.of_stage(run)],
+        status=DONE if run.finished else UNFINISHED,
+        timestamp=run.ended(),
+    )
+
+
+def _settings_and_results(
+    settings: Mapping[str, object],
+    results: Mapping[str, object],
+    theirs: Mapping[str, object],
+    notes: Mapping[str, str] | None = None,
+) -> list[Block]:
+    """Two lists: the reference begins the names of results with a capital letter, those of settings
+    not."""
+    their_results = {name: value for name, value in theirs.items() if name[0].isupper()}
+    their_settings = {name: value for name, value in theirs.items() if name not in their_results}
+    return [
+        Facts(side_by_side(settings, their_settings), folded=True, title="Settings"),
+        Facts(side_by_side(results, their_results, notes), title="Results"),
+    ]
+
+
+def _settings(run: Run, theirs: Mapping) -> dict[str, object]:
+    """The run's settings, those that the reference has too under its names."""
+    ours = {"run": run.folder.name, **dict(leaves(run.settings))}
+    return _renamed(ours, theirs)
+
+
+def _renamed(ours: dict[str, object], theirs: Mapping) -> dict[str, object]:
+    named = {name: ours.pop(ALIASES.get(name, name), None) for name in theirs if name[0].islower()}
+    return {**named, **ours}
+
+
+def _notes(stage: str, run: Run | None) -> dict[str, str]:
+    """What a reader must know to compare: denominators, hardware, what was counted."""
+    on = f"{run.processes} × {short_gpu(run.gpu)}" if run and run.gpu else "CPU"
+    denominator = f"{hardware.REPORT_PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
+    notes = {
+        "MFU %": f"of {denominator}, median of the steps after the 20th",
+        "Total training time": f"on {on}: all steps, evaluation apart",
+        "Peak memory usage": "of one GPU",
+    }
+    if run and run.gpu is None:
+        notes["MFU %"] = "no GPU, no MFU"
+    if own := hardware.peak(run.gpu) if run and run.gpu else None:
+        source = f"of {own.bf16_flops / 1e12:g} TFLOP/s, dense bf16 ({own.source})"
+        notes["MFU of this GPU's own peak %"] = source
+    if stage == "base":
+        gpus, gpu = reference()["gpus"], short_gpu(reference()["gpu"])
+        theirs = _theirs(BASE)["MFU %"] * hardware.REPORT_PEAK_FLOPS / gpu_peak()
+        notes["MFU %"] += (
+            f"; the reference: its last step, of the same {denominator} (an H100's rate) on "
+            f"{gpus} × {gpu}, so {theirs:.1f} % of their own {gpu_peak() / 1e12:.0f}"
+        )
+        notes["Total training time"] += f"; the reference: on {gpus} × {gpu}"
+        notes["Peak memory usage"] += f"; the reference: {gpu}"
+    return notes
+
+
+def base_loss(run: Run | None) -> Section:
+    loss = run.evaluations.get("loss", {}) if run else {}
+    ours = {f"{split} bpb": loss.get(f"{split}_bpb") for split in ("train", "val")}
+    facts = Facts(side_by_side(ours if loss else {}, _theirs(LOSS)))
+    blocks = [facts, _samples(loss.get("samples", ()))]
+    return _evaluation(LOSS, run, "loss", blocks)
+
+
+def _samples(written: Sequence[str]) -> Samples:
+    """Prompt, our continuation, the reference's; a text of ours that begins otherwise is left
+    whole."""
+
+    def continuation(prompt: str, text: str) -> str:
+        return text.removeprefix("<|bos|>").removeprefix(prompt).strip()
+
+    ours = [continuation(*pair) for pair in zip(PROMPTS, written)] or [MISSING] * len(PROMPTS)
+    theirs = [continuation(*pair) for pair in zip(PROMPTS, reference()["samples"], strict=True)]
+    return Samples(tuple(zip(PROMPTS, ours, theirs)))
+
+
+def base_evaluation(run: Run | None) -> Section:
+    core = run.evaluations.get("core", {}) if run else {}
+    missing = core.get("missing", [])
+    ours: dict[str, object] = {}
+    if core:
+        ours["Model"] = f"{run.folder.name} (step {run.meta.get('step', run.steps_done)})"
+        ours["CORE metric"] = core.get("core_metric")
+        ours |= {task: figures["centered"] for task, figures in core["tasks"].items()}
+    # nanochat's dev/LEADERBOARD.md: 0.2512 to 0.2677.
+    note = "mean of the 22 centred accuracies; seven runs alike of nanochat were 0.017 apart"
+    blocks: list[Block] = [Facts(side_by_side(ours, _theirs(CORE), {"CORE metric": note}))]
+    if core:
+        blocks.append(curves.core(core["tasks"]))
+    if missing:
+        partial = core.get("core_metric_partial")
+        text = f"{len(missing)} of 22 tasks are missing ({', '.join(missing)}), so there is no CORE"
+        text += f" metric; the mean of the others, comparable with nothing, is {partial:.4f}."
+        blocks.insert(0, Text(text, warning=True))
+    return _evaluation(CORE, run, "core", blocks)
+
+
+def chat_evaluation(stage: str, run: Run | None) -> Section:
+    chat = run.evaluations.get("chat", {}) if run else {}
+    title, theirs = CHAT[stage], _theirs(CHAT[stage])
+    settings: dict[str, object] = {}
+    results: dict[str, object] = {}
+    if chat:
+        settings = {**_renamed(dict(chat.get("arguments", {})), theirs), "source": stage}
+        results = {task: figures["accuracy"] for task, figures in chat["tasks"].items()}
+        results["ChatCORE metric"] = chat.get("chatcore_metric")
+    blocks = _settings_and_results(settings, results, theirs)
+    if chat.get("missing"):
+        missing = ", ".join(sorted(chat["missing"]))
+        blocks.insert(0, Text(f"Not evaluated: {missing}; so no ChatCORE.", warning=True))
+    return _evaluation(title, run, "chat", blocks)
+
+
+def _evaluation(title: str, run: Run | None, name: str, blocks: list[Block]) -> Section:
+    found = run is not None and name in run.evaluations
+    return _section(
+        title,
+        blocks,
+        status=DONE if found else ABSENT,
+        timestamp=run.evaluation_times[name] if found else "",
+    )
+
+
+def side_by_side(
+    ours: Mapping[str, object],
+    theirs: Mapping[str, object],
+    notes: Mapping[str, str] | None = None,
+) -> tuple[Fact, ...]:
+    """The reference's fields in their order, then those that only we have."""
+    notes = notes or {}
+    return tuple(
+        Fact(
+            label,
+            spell(ours.get(label), label),
+            spell(theirs[label], label) if label in theirs else "",
+            notes.get(label, ""),
+        )
+        for label in dict.fromkeys([*theirs, *ours])
+        if label in theirs or ours[label] is not None
+    )
+
+
+def _theirs(title: str) -> Mapping[str, object]:
+    return reference()["sections"].get(title, {})
+
+
+def _section(title: str, blocks: list[Block], *, status: str, timestamp: str = "") -> Section:
+    their_time = reference()["timestamps"].get(title, "")
+    return Section(title, tuple(blocks), status, timestamp, their_time)

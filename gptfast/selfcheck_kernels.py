@@ -1,0 +1,144 @@
+"""Every operator of kernels/ against its plain reference, at a small shape, on this machine.
+
+An operator may err as much as twice what PyTorch's own computation in the same dtype does, against
+the reference in fp64 (root mean square over each result), plus one spacing of the dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
+from kernels.nesterov import nesterov, nesterov_ref
+from kernels.newton_schulz import newton_schulz, newton_schulz_ref
+from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
+from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from kernels.rotary import rotary, rotary_ref
+from kernels.squared_relu import squared_relu, squared_relu_ref
+
+# Tokens, heads, head size, width, vocabulary: small, and between blocks.
+_T, _H, _D, _C, _V = 17, 2, 32, 72, 130
+# From so many on, the MLP's activation may be in its products.
+_MANY_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """op and ref take the tensors of `shapes`; their gradients are compared, too, unless backward
+    is False. exact: ref in fp64, where calling it with fp64 tensors is not that."""
+
+    name: str
+    op: Callable
+    ref: Callable
+    shapes: tuple[tuple[int, ...], ...]
+    backward: bool = True
+    dtype: torch.dtype | None = None
+    exact: Callable | None = None
+
+
+def kernel_cases(device: torch.device) -> list[Case]:
+    """One for each operator; what is neither input nor gradient is bound already."""
+    theta = torch.outer(
+        torch.arange(_T, device=device).float(),
+        10_000.0 ** -torch.linspace(0, 1, _D // 2, device=device),
+    )
+    angles = {"cos": theta.cos(), "sin": theta.sin()}
+    heads = {**angles, "n_head": _H, "n_kv_head": _H}
+    targets = {"targets": torch.arange(_T, device=device) * 7 % _V}
+    last = {
+        "scale": torch.tensor(0.5, device=device),
+        "momentum": 0.95,
+        "finite": torch.tensor(True, device=device),
+    }
+    qkv, head = (1, _T, 3 * _H * _D), (1, _T, _H, _D)
+    rows = (_T, _C)
+    return [
+        Case("rms_norm", rms_norm, rms_norm_ref, (rows, (_C,))),
+        Case("add_rms_norm", add_rms_norm, add_rms_norm_ref, (rows, rows)),
+        Case("rotary", *_bound(rotary, rotary_ref, **angles), (head, head)),
+        Case("rotary_qk_norm", *_bound(rotary_qk_norm, rotary_qk_norm_ref, **heads), (qkv,)),
+        Case("squared_relu", squared_relu, squared_relu_ref, (rows,)),
+        *(_mlp_case(n) for n in (_T, *([_MANY_ROWS] if device.type == "cuda" else []))),
+        Case(
+            "linear_cross_entropy",
+            *_bound(linear_cross_entropy, linear_cross_entropy_ref, **targets),
+            (rows, (_V, _C)),
+        ),
+        Case(
+            "newton_schulz",
+            newton_schulz,
+            newton_schulz_ref,
+            ((2, 40, 72),),
+            backward=False,
+            dtype=torch.bfloat16,
+            exact=partial(newton_schulz_ref, dtype=torch.float64),
+        ),
+        Case(
+            "nesterov",
+            *(_with_copy(f) for f in _bound(nesterov, nesterov_ref, **last)),
+            ((1000,), (1000,)),
+            backward=False,
+            dtype=torch.float32,
+        ),
+    ]
+
+
+def _mlp_case(rows: int) -> Case:
+    name = "squared_relu_mlp" if rows == _T else f"squared_relu_mlp, {rows} rows"
+    shapes = ((rows, _C), (4 * _C, _C), (_C, 4 * _C))
+    return Case(name, squared_relu_mlp, squared_relu_mlp_ref, shapes)
+
+
+def kernel_error(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the operator is right here; otherwise which result is wrong, and by how much."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = case.dtype or dtype
+    inputs = [
+        (torch.randn(shape, generator=generator, device=device) / 4).to(dtype)
+        for shape in case.shapes
+    ]
+    ours = _results(case.op, inputs, backward=case.backward)
+    theirs = _results(case.ref, inputs, backward=case.backward)
+    exact = _results(case.exact or case.ref, [x.double() for x in inputs], backward=case.backward)
+    for number, (mine, other, true) in enumerate(zip(ours, theirs, exact, strict=True)):
+        error, allowed = _distance(mine, true), 2 * _distance(other, true)
+        allowed += torch.finfo(mine.dtype).eps * float(torch.linalg.vector_norm(true.double()))
+        # Not `error > allowed`, which NaN would pass.
+        if mine.shape != other.shape or not error <= allowed:
+            return f"result {number} errs by {error:.3g}, {allowed:.3g} is allowed"
+    return None
+
+
+def _results(op: Callable, inputs: Sequence[Tensor], *, backward: bool) -> list[Tensor]:
+    """Outputs, then the gradient of every input."""
+    leaves = [x.clone().requires_grad_(backward) for x in inputs]
+    outputs = op(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = [y.detach() for y in outputs]
+    if backward:
+        # Of the same values in every dtype, and unlike each other.
+        grads = [torch.linspace(0.5, 1.5, y.numel()).to(y).view(y.shape) for y in outputs]
+        found += torch.autograd.grad(outputs, leaves, grads)
+    return found
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a.double() - b.double()))
+
+
+def _bound(op: Callable, ref: Callable, **fixed: object) -> tuple[Callable, Callable]:
+    return partial(op, **fixed), partial(ref, **fixed)
+
+
+def _with_copy(op: Callable) -> Callable:
+    """For an operator that changes its first argument: gives it back, too."""
+
+    def run(first: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        first = first.clone()
+        return op(first, *rest), first
+
+    return run

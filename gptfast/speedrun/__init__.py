@@ -1,0 +1,29 @@
+"""One command from nothing to a report: which steps, what they will take, and running them.
+
+settings    what train/speedrun.py can be told
+plan        the steps: commands, results, what depends on what
+estimate    time, tokens, disk, memory and money of a plan on this machine
+state       what has been done, in a file that survives a SIGKILL
+runner      runs what is not done yet
+nodes       the same command on several nodes
+"""
+
+from gptfast.speedrun.estimate import Here, describe_plan
+from gptfast.speedrun.nodes import Followers, follow
+from gptfast.speedrun.plan import Plan, launch_command, make_plan
+from gptfast.speedrun.runner import StepFailedError, StoppedError, run_plan
+from gptfast.speedrun.settings import SpeedrunSettings
+
+__all__ = [
+    "Followers",
+    "Here",
+    "Plan",
+    "SpeedrunSettings",
+    "StepFailedError",
+    "StoppedError",
+    "describe_plan",
+    "follow",
+    "launch_command",
+    "make_plan",
+    "run_plan",
+]

@@ -1,0 +1,88 @@
+"""What is to be done about a step: skip it, continue it, or make it anew."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptfast.checkpoint_files import MANIFEST
+from gptfast.errors import UserError
+from gptfast.speedrun.plan import Step
+from gptfast.speedrun.state import DONE, State
+
+SKIP, CONTINUE, ANEW = "skip", "continue", "anew"
+
+
+def decide(step: Step, state: State) -> str:
+    """As its record and its folder say."""
+    record = state.records.get(step.name)
+    if record is None or record.fingerprint != state.fingerprint(step):
+        return ANEW
+    if record.state == DONE and is_whole(step) and not step.always:
+        return SKIP
+    checkpoints = step.owns.glob(f"checkpoints/step_*/{MANIFEST}") if step.owns else ()
+    return CONTINUE if step.resumable and any(checkpoints) else ANEW
+
+
+def check(steps: Sequence[Step], state: State) -> None:
+    """UserError if a step would overwrite what it did not begin itself, or what was finished: that
+    is for the user to remove. What a step began and did not bring to a checkpoint is not asked
+    for."""
+    made_anew: set[str] = set()
+    for step in steps:
+        remade = made_anew & set(step.after)
+        if not remade and decide(step, state) != ANEW:
+            continue
+        made_anew.add(step.name)
+        reason = _why_not(step, state, remade)
+        if reason and step.owns and _holds_anything(step.owns):
+            raise UserError(
+                f"{step.owns} {reason}: name another --out, or remove {step.owns} and whatever was "
+                "made from it"
+            )
+
+
+def _why_not(step: Step, state: State, remade: set[str]) -> str:
+    """Why the step's folder must not be written anew; "" if nothing speaks against it."""
+    record = state.records.get(step.name)
+    if record is None:
+        return "holds something that this speedrun did not make"
+    if record.fingerprint != state.fingerprint(step):
+        before, now = record.arguments, step.arguments
+        was, is_ = (
+            " ".join(x for x in side if x not in other)
+            for side, other in ((before, now), (now, before))
+        )
+        told = f"{was or 'without that'}, now it is {is_ or 'without that'}"
+        return "was made from something else" if was == is_ else f"was made with {told}"
+    if remade:
+        return f"was made from the {', '.join(remade)} that was there before"
+    if record.state == DONE:
+        return f"was finished, but lacks {lacking(step)}"
+    return ""
+
+
+def is_whole(step: Step) -> bool:
+    """Whether all that it makes is there."""
+    return lacking(step) is None
+
+
+def lacking(step: Step) -> str | None:
+    """The first of its results that is not there, or is of a run that was stopped."""
+    for folder, pattern in step.outputs:
+        if not any(map(_is_final, folder.glob(pattern))):
+            return f"{folder}/{pattern}"
+    return None
+
+
+def _is_final(path: Path) -> bool:
+    if path.name != "summary.json":
+        return True
+    try:
+        return not json.loads(path.read_text(encoding="utf-8")).get("stopped", False)
+    except ValueError:
+        # Cut off while it was written.
+        return False
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

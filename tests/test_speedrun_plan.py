@@ -1,0 +1,183 @@
+"""The plan of a speedrun and what it is estimated to take, with its figures."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from gptfast.config import preset
+from gptfast.config_chat import mid_preset, sft_preset
+from gptfast.errors import UserError
+from gptfast.speedrun import (
+    Here,
+    Plan,
+    SpeedrunSettings,
+    describe_plan,
+    launch_command,
+    make_plan,
+)
+from gptfast.speedrun.estimate import checkpoint_bytes, config_of, estimate, steps_of
+from gptfast.speedrun.settings import FlagSettings, NodeSettings
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_plan_on_eight_gpus_is_the_references_pipeline():
+    plan = make_plan(SpeedrunSettings(cache=Path("/c")), gpus=8)
+    assert [step.name for step in plan.steps] == [
+        "tokenizer", "base", "loss", "core", "mid", "chat-mid", "sft", "chat-sft", "report",
+    ]  # fmt: skip
+    assert plan.missing == ()
+    assert plan.step("tokenizer").arguments == (
+        "--out=runs/speedrun-d20/tokenizer",
+        "--data=fineweb-edu",
+        "--vocab-size=65536",
+        "--max-chars=2000000000",
+        "--cache=/c",
+    )
+    assert plan.step("base").arguments == (
+        "--out=runs/base-d20",
+        "--depth=20",
+        "--vocab-size=65536",
+        "--data=fineweb-edu",
+        "--tokenizer=runs/speedrun-d20/tokenizer",
+        "--cache=/c",
+    )
+    assert plan.step("loss").arguments == ("base", "runs/base-d20", "--only", "bpb", "samples")
+    sft = plan.step("sft").arguments
+    assert sft == ("--source=runs/mid-d20", "--out=runs/sft-d20", "--cache=/c")
+    chat = ("chat", "--source=runs/sft-d20", "--task")
+    assert plan.step("chat-sft").arguments[:3] == chat
+    assert plan.step("chat-sft").arguments[3:] == (
+        "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval",
+    )  # fmt: skip
+
+
+def test_the_toy_needs_no_network_and_names_what_it_leaves_out(tmp_path):
+    plan = make_plan(SpeedrunSettings(rl=True), gpus=0)
+    assert plan.depth == 2
+    assert "--data=embedded" in plan.step("base").arguments
+    assert [name for name, _ in plan.missing] == ["core", "chat-mid", "chat-sft", "chat-rl"]
+    assert "--task=toy" in plan.step("rl").arguments
+    # A GPU that is not to be used changes nothing.
+    assert make_plan(SpeedrunSettings(rl=True, device="cpu"), gpus=4) == plan
+
+    for name in ("arc", "gsm8k"):
+        (tmp_path / name).mkdir()
+    folders = {"data": str(tmp_path), "chat_data": tmp_path, "core_bundle": tmp_path}
+    plan = make_plan(SpeedrunSettings(**folders, rl=True, offline=True), gpus=1)
+    chat = plan.step("chat-mid").arguments
+    assert chat == (
+        "chat", "--source=runs/mid-d20", "--task", "ARC-Easy", "ARC-Challenge", "GSM8K",
+        f"--data={tmp_path}",
+    )  # fmt: skip
+    assert plan.missing[0] == ("chat-mid", "MMLU, HumanEval: not in --chat-data")
+    assert f"--task-data={tmp_path}" in plan.step("rl").arguments
+    assert f"--bundle={tmp_path}" in plan.step("core").arguments
+
+
+def test_depth_and_a_steps_own_flags_go_where_they_belong():
+    flags = FlagSettings(base_flags='--target-tokens 2e8 --validation "a b"', chat_flags="-x 5")
+    settings = SpeedrunSettings(depth=12, out=Path("r"), tokenizer=Path("/t"), flags=flags)
+    plan = make_plan(settings, gpus=2)
+    assert plan.step("tokenizer") is None
+    base = plan.step("base").arguments
+    assert base[1] == "--depth=12"
+    assert base[-4:] == ("--target-tokens", "2e8", "--validation", "a b")
+    assert "--tokenizer=/t" in base
+    assert plan.step("chat-sft").arguments[-2:] == ("-x", "5")
+    assert "--source=r/base-d12" in plan.step("mid").arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"offline": True}, "fineweb-edu would be fetched"),
+        ({"processes": 3}, "--processes 3, but this node has 2 GPU"),
+        ({"chat_data": Path("/nowhere")}, "no folder /nowhere"),
+        ({"flags": FlagSettings(mid_flags='"')}, "--mid-flags"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_runs(settings, words):
+    with pytest.raises(UserError, match=words):
+        make_plan(SpeedrunSettings(**settings), gpus=2)
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match="depth must be at least 1"):
+        SpeedrunSettings(depth=0)
+    with pytest.raises(UserError, match=r"--node-rank 2 of 2 node"):
+        NodeSettings(nodes=2, node_rank=2)
+
+
+def test_steps_start_alone_under_torchrun_or_on_several_nodes():
+    plan = make_plan(SpeedrunSettings(), gpus=4)
+    build = partial(launch_command, python="py", processes=4)
+    alone = build(plan.step("tokenizer"), [], node=NodeSettings())
+    assert alone[:2] == ["py", str(ROOT / "train" / "tokenizer.py")]
+    torchrun = build(plan.step("base"), ["--resume"], node=NodeSettings())
+    assert torchrun[:5] == [
+        "py", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4",
+    ]  # fmt: skip
+    assert torchrun[-1] == "--resume"
+    node = NodeSettings(nodes=2, node_rank=1, master_addr="h", master_port=500)
+    several = build(plan.step("base"), [], node=node)
+    assert several[3:8] == [
+        "--nnodes=2", "--node_rank=1", "--master_addr=h", "--master_port=501", "--nproc_per_node=4",
+    ]  # fmt: skip
+    one = launch_command(plan.step("base"), [], python="py", processes=1, node=NodeSettings())
+    assert one[1].endswith("train/base.py")
+
+
+def here(**more) -> Here:
+    known = {"gpu": "NVIDIA H100 80GB HBM3", "gpus": 8, "nodes": 1, "gpu_memory": 80 * 2**30}
+    known |= {"disk": Path("/"), "free_disk": 10**12, "cpu_flops": 0.0}
+    return Here(**{**known, **more})
+
+
+def stages_of(plan: Plan) -> dict[str, object]:
+    base = preset(on_gpu=plan.on_gpu, processes=plan.processes)
+    on_gpu = plan.on_gpu
+    return {"base": base, "mid": mid_preset(on_gpu=on_gpu), "sft": sft_preset(on_gpu=on_gpu)}
+
+
+def test_the_dry_run_knows_what_d20_takes():
+    plan = make_plan(SpeedrunSettings(), gpus=8)
+    stages = stages_of(plan)
+    base = stages["base"]
+    assert steps_of(base) == 21_400
+    assert checkpoint_bytes(config_of(base)) == 4 * (2 * 393_216_000 + 3 * 167_772_160)
+    found = estimate(plan, plan.step("base"), stages, here())
+    # 11.22 B tokens and 87 validations' forward passes at 54 % of 8 x 989 TFLOP/s, and the start.
+    tokens = 11_219_763_200 + 87 * 10_485_760 / 3
+    assert found.seconds == pytest.approx(40 + tokens * 3_491_758_080 / (0.54 * 8 * 989e12))
+    assert found.work == "11.2 B tokens, 21,400 steps"
+    # 225 shards of text and three checkpoints of 5.16 GB.
+    assert found.disk == pytest.approx(225 * 100e6 + 3 * 5_158_993_920)
+    core = estimate(plan, plan.step("core"), stages, here())
+    assert core.seconds == pytest.approx(445 * 312 / 989, rel=1e-6)
+    lines = describe_plan(plan, stages, here())
+    text = "\n".join(lines)
+    assert "speedrun of d20 on 8 x NVIDIA H100 80GB HBM3" in lines[0]
+    assert "at $3.00 (the reference report's table" in text
+    assert "54% of its peak" in text
+    assert "TOO LITTLE" in "\n".join(describe_plan(plan, stages, here(free_disk=10**9)))
+    one_dollar = "\n".join(describe_plan(plan, stages, here(), price_per_gpu_hour=1.0))
+    assert "at $1.00 (as given)" in one_dollar
+
+
+def test_of_an_unknown_gpu_no_time_and_no_price_is_invented():
+    plan = make_plan(SpeedrunSettings(), gpus=8)
+    text = "\n".join(describe_plan(plan, stages_of(plan), here(gpu="Brandnew 1")))
+    assert "unknown  11.2 B tokens" in text
+    assert "at least" in text
+    assert "unknown: no price of this GPU" in text
+
+
+def test_the_toys_dry_run():
+    plan = make_plan(SpeedrunSettings(), gpus=0)
+    here_ = here(gpu=None, gpus=0, gpu_memory=0, cpu_flops=50e9)
+    text = "\n".join(describe_plan(plan, stages_of(plan), here_))
+    assert "61.4 K tokens, 60 steps" in text
+    assert "core       left out: offline, and no --core-bundle given" in text
+    assert "money" not in text

@@ -1,0 +1,138 @@
+"""The whole pipeline with one command: tokenizer, base, mid, SFT, evaluations, report.
+
+    python train/speedrun.py                      the report's d20 on all GPUs of this machine
+    python train/speedrun.py --dry-run            what it would do, take and cost
+    python train/speedrun.py --check              whether everything that it needs works here
+    python train/speedrun.py --depth 12 --data my_texts/ --rl
+    python train/speedrun.py --nodes 2 --node-rank 0 --master-addr HOST     the same on each node
+
+The same command again goes on where it stopped: what is done and unchanged is not done again. No
+torchrun: it is started for each step. Without a GPU it is a toy that needs no network.
+"""
+
+import shlex
+import sys
+import time
+from functools import partial
+
+import torch
+import tyro
+
+from gptfast.config import BaseSettings, preset
+from gptfast.config_chat import MidSettings, SFTSettings, mid_preset, sft_preset
+from gptfast.machine import describe_machine
+from gptfast.rl_config import RLSettings, rl_preset
+from gptfast.run import exit_code
+from gptfast.selfcheck import FAILED, OK, run_checks
+from gptfast.speedrun import (
+    Followers,
+    Here,
+    Plan,
+    SpeedrunSettings,
+    StepFailedError,
+    StoppedError,
+    describe_plan,
+    follow,
+    launch_command,
+    make_plan,
+    run_plan,
+)
+
+
+class Terminal:
+    """Lines that stay, and at the bottom one that changes; in a file, that one now and then."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._shown = time.monotonic()
+
+    def say(self, line: str) -> None:
+        print(f"\r\033[K{line}" if self._live else line, flush=True)
+
+    def status(self, line: str) -> None:
+        if self._live:
+            # No wrapping: a line that is too long is cut by the terminal.
+            print(f"\r\033[?7l\033[K{line}\033[?7h", end="", flush=True)
+        elif time.monotonic() - self._shown > 60:
+            self._shown = time.monotonic()
+            print(line, flush=True)
+
+
+def main() -> None:
+    settings = tyro.cli(SpeedrunSettings, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    plan = make_plan(settings, gpus=torch.cuda.device_count())
+    stages = read_flags(plan, nodes=settings.node.nodes)
+    if settings.check or settings.dry_run:
+        here = Here.look(plan, settings.node.nodes, settings.out)
+        if settings.check:
+            raise SystemExit(check(plan, settings, stages, here))
+        price = settings.price_per_gpu_hour
+        print("\n".join(describe_plan(plan, stages, here, price_per_gpu_hour=price)))
+        return
+    raise SystemExit(run(plan, settings))
+
+
+def read_flags(plan: Plan, *, nodes: int) -> dict[str, object]:
+    """What each stage's recipe will understand: mistakes in flags show now, not in hours."""
+    on_gpu = plan.on_gpu
+    kinds = {
+        "base": (BaseSettings, preset(on_gpu=on_gpu, processes=plan.processes * nodes)),
+        "mid": (MidSettings, mid_preset(on_gpu=on_gpu)),
+        "sft": (SFTSettings, sft_preset(on_gpu=on_gpu)),
+        "rl": (RLSettings, rl_preset(on_gpu=on_gpu)),
+    }
+    return {
+        name: tyro.cli(
+            kind,
+            prog=f"train/{name}.py",
+            args=step.arguments,
+            default=default,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        for name, (kind, default) in kinds.items()
+        if (step := plan.step(name))
+    }
+
+
+def check(plan: Plan, settings: SpeedrunSettings, stages: dict[str, object], here: Here) -> int:
+    """A line for each thing that was tried; the exit code, 2 if one of them failed."""
+    colours = {OK: "\033[32m", FAILED: "\033[31m"} if sys.stdout.isatty() else {}
+    failed = 0
+    for result in run_checks(plan, settings, stages, here):
+        failed += result.state == FAILED
+        end = "\033[0m" if colours else ""
+        mark = f"{colours.get(result.state, '')}{result.state:7}{end}"
+        print(f"{mark}  {result.name:27} {result.detail}", flush=True)
+    print(f"{failed} failed" if failed else "all that was tried is well")
+    return 2 if failed else 0
+
+
+def run(plan: Plan, settings: SpeedrunSettings) -> int:
+    """The exit code."""
+    terminal, node = Terminal(), settings.node
+    again = f"python {shlex.join(sys.argv)}"
+    command = partial(launch_command, python=sys.executable, processes=plan.processes, node=node)
+    if node.node_rank:
+        follow(plan, node, command, terminal.say)
+        return 0
+    others = Followers(node) if node.nodes > 1 else None
+    try:
+        for name, why in plan.missing:
+            terminal.say(f"left out: {name} ({why})")
+        run_plan(plan, command, terminal, machine=describe_machine(), again=again, others=others)
+    except StepFailedError as error:
+        terminal.say(str(error))
+        return error.code
+    except (StoppedError, KeyboardInterrupt) as stop:
+        terminal.say(str(stop) or f"stopped; go on with:\n  {again}")
+        return 1
+    finally:
+        if others:
+            others.end()
+    terminal.say(f"report: {plan.folder / 'report' / 'report.html'}")
+    terminal.say(f"talk to it: python train/chat.py --source {plan.folders['sft']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
