@@ -87,7 +87,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """One process: the tests' `-n 3` (pyproject.toml) would share the GPU."""
+    """One process: the tests' `-n 2` (pyproject.toml) would share the GPU."""
     if config.pluginmanager.hasplugin("xdist"):
         config.option.numprocesses = 0
 

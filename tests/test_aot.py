@@ -62,6 +62,7 @@ def test_table_is_true(tables):
     assert now["kernels"] == kept["kernels"], REGENERATE
 
 
+@pytest.mark.slow
 def test_operators_run_their_reference_on_a_cpu():
     """The accuracy tests once more, where there is neither a GPU nor the interpreter."""
     files = [f"tests/test_{name}.py" for name in OPERATORS]

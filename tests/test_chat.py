@@ -188,6 +188,7 @@ def evaluate_on_rank(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path, model, tokenizer):
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=evaluate_on_rank, args=(r, 2, tmp_path)) for r in range(2)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -292,8 +293,10 @@ class Keyboard:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         # The terminal that a session's first process opens is the session's: Ctrl-C is a signal.
         opened = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(self.slave)]
+        # Whoever runs the tests in the background has made them ignore Ctrl-C, and all they start.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.process = subprocess.Popen(
-            [*opened, *arguments], env=environment, start_new_session=True
+            [*opened, *arguments], env=environment, start_new_session=True, preexec_fn=heed
         )
         self.screen = ""
 

@@ -64,6 +64,7 @@ def save_run(run: Path, model: GPT, tokenizer: Tokenizer, *steps: int, **meta: s
     return run
 
 
+@pytest.mark.slow
 def test_base_on_two_processes_scores_as_one_and_as_one_at_a_time(tmp_path):
     bundle_folder, tokenizer = write_bundle(tmp_path / "bundle"), make_tokenizer()
     tokenizer.save(tmp_path / "tokenizer")

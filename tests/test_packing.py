@@ -177,6 +177,7 @@ def test_other_settings_make_other_tokens(conversations, found, tmp_path):
     assert len({cut.identity, some.identity, found.identity}) == 3
 
 
+@pytest.mark.slow
 def test_many_conversations_are_rendered_by_processes_in_order(
     conversations, found, tmp_path, monkeypatch
 ):

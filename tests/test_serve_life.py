@@ -304,6 +304,7 @@ def workers(process: subprocess.Popen) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_the_recipe_from_start_to_sigterm(run):
     process = start(f"--source={run}", "--port=0", "--slots=4", "--context=400")
     try:

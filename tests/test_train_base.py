@@ -108,6 +108,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, cache, un
     assert figures(run) == figures(uninterrupted)
 
 
+@pytest.mark.slow
 def test_resumes_on_another_world_size(tmp_path, cache, uninterrupted):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -125,6 +126,7 @@ def test_resumes_on_another_world_size(tmp_path, cache, uninterrupted):
     assert ours[8] == pytest.approx(theirs[8], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one(tmp_path, cache, uninterrupted):
     """Two torchrun agents stand for two nodes: parameters are replicated, not sharded, between
     them, and the same text in the same order gives the same losses up to rounding."""

@@ -166,6 +166,7 @@ def test_epochs_decide_how_long():
         assert [plan.momentum(step) for step in (0, 900)] == [0.95, 0.95]
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one_and_one_goes_on_for_two(whole, tmp_path):
     """As users start it. The rollouts of the first step are those of one process, bit for bit; the
     gradient differs by rounding."""
