@@ -25,7 +25,7 @@ from bench.mfu_step import MfuSettings, Session, preset
 from gptfast import hardware, parallel
 from gptfast.errors import UserError
 from gptfast.ledger import compare, read_json, write
-from gptfast.memory import GIB, estimate_memory, largest_device_batch
+from gptfast.memory import GIB, USABLE_SHARE, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig
 from gptfast.run import exit_code
 from kernels.cross_entropy import CHUNKS
@@ -113,7 +113,7 @@ def out_of_memory(settings: MfuSettings, world: parallel.World, available: int) 
     }
     estimate = estimate_memory(config, device_batch_size=batch, **shared)
     # It was too low for this run; what it says of smaller ones is too low by as much.
-    most = largest_device_batch(int(0.92 * estimate.total), config, **shared)
+    most = largest_device_batch(int(USABLE_SHARE * estimate.total), config, **shared)
     advice = f"--device-batch-size {most} should fit" if most else "no smaller batch will do"
     return (
         f"out of GPU memory: {batch} sequences of {config.sequence_len} were estimated at "

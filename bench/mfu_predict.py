@@ -24,7 +24,7 @@ from gptfast import hardware
 from gptfast.errors import UserError
 from gptfast.ledger.costs import newton_schulz_flops
 from gptfast.ledger.kinds import Job
-from gptfast.memory import GIB, estimate_memory
+from gptfast.memory import GIB, USABLE_SHARE, estimate_memory
 from gptfast.model import GPTConfig, flops_per_token, parameter_counts
 from kernels.cross_entropy import CHUNKS
 
@@ -44,7 +44,6 @@ SLOWED = 0.4
 # one hop of a ring within and between nodes.
 NETWORK_EFFICIENCY = 0.8
 HOP = {"node": 4e-6, "network": 12e-6}
-_MEMORY_MARGIN = 0.92
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None
                 accumulates=passes > 1,
                 logits_chunks=CHUNKS,
             ).total
-            if need <= _MEMORY_MARGIN * at.gpu_memory_gib * GIB:
+            if need <= USABLE_SHARE * at.gpu_memory_gib * GIB:
                 candidates.append(predict(config, sequences, passes, shards, gpus // shards, at))
         shards *= 2
     return min(candidates, key=lambda p: p.step, default=None)

@@ -13,11 +13,11 @@ import torch
 
 from gptfast import parallel
 from gptfast.attention import choose_attention
+from gptfast.clock import median_ms, timed
 from gptfast.config import DataSettings, ModelSettings, OptimSettings, SystemSettings
 from gptfast.data import BatchLoader
 from gptfast.errors import UserError
 from gptfast.ledger import Job, Ledger, StepProfiler
-from gptfast.ledger.clock import median_ms, timed
 from gptfast.loop import Plan, Trainer
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig, flops_per_token

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from gptfast import hardware
 from gptfast.batch import Batch
 from gptfast.checkpoint import Checkpointer
+from gptfast.clock import Moment, elapsed_ms, now
 from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, seconds_since_launch
 from gptfast.model import GPT
@@ -112,9 +113,9 @@ class _Pending:
     step: int
     values: torch.Tensor
     arrived: torch.cuda.Event | None
-    start: "torch.cuda.Event | float"
-    first_batch: "torch.cuda.Event | float"
-    end: "torch.cuda.Event | float"
+    start: Moment
+    first_batch: Moment
+    end: Moment
     data_wait: float
     figures: dict[str, float]
 
@@ -176,7 +177,7 @@ class Trainer:
 
     def _run(self, start_step: int) -> None:
         plan = self.plan
-        clock: torch.cuda.Event | float | None = None
+        clock: Moment | None = None
         for step in range(start_step, plan.total_steps + 1):
             stop = self._stop_everywhere or step == plan.total_steps
             if self._boundary_work(step, stop=stop):
@@ -235,16 +236,16 @@ class Trainer:
             done = True
         return done
 
-    def _train_step(self, step: int, start: "torch.cuda.Event | float | None"):
+    def _train_step(self, step: int, start: Moment | None):
         plan, device = self.plan, self.world.device
-        start = _stamp(device) if start is None else start
+        start = now(device) if start is None else start
         first_batch, waited = start, self.loader.wait_seconds
         # Loss in nats, supervised tokens, whether any rank was asked to stop. fp64 counts exactly.
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for micro in range(plan.accumulation):
             batch = Batch(*next(self.loader))
             if micro == 0:
-                first_batch = _stamp(device)
+                first_batch = now(device)
             synchronise_gradients(self.model, micro == plan.accumulation - 1)
             loss = self.model(
                 batch.inputs, batch.targets, weights=batch.weights, documents=batch.documents
@@ -263,7 +264,7 @@ class Trainer:
         figures = torch.stack(
             [sums[0] / sums[1], stats.grad_norm.double(), stats.finite.double(), *sums[1:]]
         )
-        end = _stamp(device)
+        end = now(device)
         # The step before has finished by now or is about to: reading it does not stall the next.
         self._settle()
         data_wait = self.loader.wait_seconds - waited
@@ -289,7 +290,7 @@ class Trainer:
             pending.arrived.synchronize()
         loss, grad_norm, finite, supervised, stop = pending.values.tolist()
         self._stop_everywhere = stop > 0
-        seconds = _elapsed(pending.start, pending.end)
+        seconds = elapsed_ms(pending.start, pending.end) / 1e3
         self._account(pending, seconds, loss, bool(finite))
         self._report(pending, seconds, loss, grad_norm, int(supervised))
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -321,7 +322,7 @@ class Trainer:
             "supervised_tokens": supervised,
             "data_wait_seconds": pending.data_wait,
             # Between two steps the device had nothing to do for so long: the host was late.
-            "host_gap_seconds": _elapsed(pending.start, pending.first_batch),
+            "host_gap_seconds": elapsed_ms(pending.start, pending.first_batch) / 1e3,
             "skipped_steps": self.summary.skipped_steps,
             **pending.figures,
         }
@@ -375,24 +376,8 @@ class Trainer:
         self.summary.stopped = step < self.plan.total_steps
 
     def _request_stop(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
+        at = time.monotonic()
         # Ctrl-C comes twice under torchrun: from the terminal, and from torchrun itself.
-        if now - self._stop_asked_at > _SAME_SIGNAL_SECONDS and self._stop_here:
+        if at - self._stop_asked_at > _SAME_SIGNAL_SECONDS and self._stop_here:
             raise KeyboardInterrupt(f"second signal {number}: stopping at once, without saving")
-        self._stop_here, self._stop_asked_at = True, now
-
-
-def _stamp(device: torch.device) -> "torch.cuda.Event | float":
-    """A moment on the device's own clock: an event on a GPU, seconds on CPU."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _elapsed(start: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
-    """Seconds from start to end; both must have passed."""
-    if isinstance(start, float):
-        return end - start
-    return start.elapsed_time(end) / 1e3
+        self._stop_here, self._stop_asked_at = True, at

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from gptfast.model import GPTConfig, parameter_counts
 
 GIB = 2**30
+# What may be planned with of a GPU: PyTorch's allocator and CUDA itself need room beside what is
+# counted.
+USABLE_SHARE = 0.92
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,9 @@ def largest_device_batch(available: int, config: GPTConfig, **settings) -> int:
     ):
         batch += 1
     return batch
+
+
+def checkpoint_bytes(config: GPTConfig) -> int:
+    """Of one checkpoint: fp32, a parameter and its momentum for Muon, and two moments for AdamW."""
+    counts = parameter_counts(config)
+    return 4 * (2 * counts["blocks"] + 3 * (counts["embedding"] + counts["head"]))

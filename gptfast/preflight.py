@@ -14,8 +14,14 @@ from gptfast.config import DataSettings
 from gptfast.config_chat import AccuracySettings, MixtureSettings
 from gptfast.data import Corpus, iter_texts, prepare_corpus, shards_for
 from gptfast.errors import UserError
-from gptfast.memory import GIB, estimate_memory, largest_device_batch
-from gptfast.model import GPTConfig, parameter_counts
+from gptfast.memory import (
+    GIB,
+    USABLE_SHARE,
+    checkpoint_bytes,
+    estimate_memory,
+    largest_device_batch,
+)
+from gptfast.model import GPTConfig
 from gptfast.parallel import World
 from gptfast.tasks import Task, chat_task
 from gptfast.tasks.embedded import ChosenSums
@@ -25,8 +31,6 @@ from kernels.cross_entropy import CHUNKS
 # 4.8 to 4.9 on this text in the report's tokenizer evaluation; a little more here, so that a run
 # does not start its text anew unawares.
 _CHARACTERS_PER_TOKEN = 5.0
-# PyTorch's allocator and CUDA itself need room beside what is counted.
-_MEMORY_MARGIN = 0.92
 
 
 def prepare_text(
@@ -132,10 +136,10 @@ def check_memory(config: GPTConfig, batch: int, accumulation: int, world: World)
     if world.device.type != "cuda":
         return f"memory: about {estimate} a process"
     available = torch.cuda.get_device_properties(world.device).total_memory
-    if estimate.total > _MEMORY_MARGIN * available:
+    if estimate.total > USABLE_SHARE * available:
         # A smaller batch is accumulated, which keeps fp32 gradients of all parameters.
         smaller = {**shared, "accumulates": True}
-        most = largest_device_batch(int(_MEMORY_MARGIN * available), config, **smaller)
+        most = largest_device_batch(int(USABLE_SHARE * available), config, **smaller)
         advice = f"--device-batch-size {most} should fit" if most else "no batch size fits"
         raise UserError(
             f"not enough GPU memory: {batch} sequences of {config.sequence_len} take about "
@@ -146,9 +150,7 @@ def check_memory(config: GPTConfig, batch: int, accumulation: int, world: World)
 
 def check_disk(folder: Path, keep: int, config: GPTConfig) -> None:
     """UserError unless the checkpoints of a run fit on its disk: those kept, and one in writing."""
-    counts = parameter_counts(config)
-    # fp32: a parameter and its momentum for Muon, and two moments for AdamW.
-    one = 4 * (2 * counts["blocks"] + 3 * (counts["embedding"] + counts["head"]))
+    one = checkpoint_bytes(config)
     free = shutil.disk_usage(folder).free
     if free < (keep + 1) * one:
         raise UserError(

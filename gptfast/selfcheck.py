@@ -19,7 +19,7 @@ from gptfast.data import prepare_corpus
 from gptfast.errors import UserError
 from gptfast.evaluate import core_fetch
 from gptfast.evaluate.core_bundle import CORE_TASKS, load_bundle
-from gptfast.memory import GIB, largest_device_batch
+from gptfast.memory import GIB, USABLE_SHARE, largest_device_batch
 from gptfast.nvml import energy_counters, link_gb_per_second
 from gptfast.selfcheck_kernels import Case, kernel_cases, kernel_error
 from gptfast.selfcheck_links import all_reduce_gb_per_second
@@ -34,8 +34,6 @@ _ANSWER_SECONDS = 10.0
 # Of the links' rate: what an all-reduce reaches that goes over them is to be above, and what one
 # reaches that goes another way below.
 _LINK_SHARE = {"NVLink": 0.5, "PCIe": 0.25}
-# PyTorch's allocator and CUDA itself need room beside what is counted.
-_MEMORY_MARGIN = 0.92
 # More memory in use than what a CUDA context takes: another program is on the card.
 _OTHERS_BYTES = 2 * GIB
 
@@ -197,7 +195,7 @@ def check_memory(base: BaseSettings, here: Here) -> str:
     estimated = memory_estimate(base, here)
     if here.gpu is None:
         raise SkippedError(f"no GPU is used; about {estimated} of main memory a process")
-    room = int(_MEMORY_MARGIN * here.gpu_memory)
+    room = int(USABLE_SHARE * here.gpu_memory)
     if estimated.total <= room:
         return f"about {estimated} of {here.gpu_memory / GIB:.1f} GiB a GPU"
     most = largest_device_batch(room, config_of(base), **here.sharing(accumulates=True))

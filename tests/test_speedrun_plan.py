@@ -8,6 +8,7 @@ import pytest
 from gptfast.config import preset
 from gptfast.config_chat import mid_preset, sft_preset
 from gptfast.errors import UserError
+from gptfast.memory import checkpoint_bytes
 from gptfast.speedrun import (
     Here,
     Plan,
@@ -16,7 +17,7 @@ from gptfast.speedrun import (
     launch_command,
     make_plan,
 )
-from gptfast.speedrun.estimate import checkpoint_bytes, config_of, estimate, steps_of
+from gptfast.speedrun.estimate import config_of, estimate, steps_of
 from gptfast.speedrun.settings import FlagSettings, NodeSettings
 
 ROOT = Path(__file__).parent.parent

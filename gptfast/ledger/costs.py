@@ -6,7 +6,7 @@ from math import ceil
 
 import torch
 
-from gptfast.ledger.clock import median_ms, timed
+from gptfast.clock import median_ms, timed
 from gptfast.ledger.kinds import (
     ADAMW,
     ATTENTION,

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from gptfast.clock import Moment, median_ms, now
 from gptfast.errors import UserError
 from gptfast.ledger.book import Ledger, build, to_json
-from gptfast.ledger.clock import Moment, median_ms, now
 from gptfast.ledger.costs import measure_ceilings
 from gptfast.ledger.kinds import Job
 from gptfast.ledger.text import draw, table

@@ -17,7 +17,7 @@ from gptfast import hardware
 from gptfast.config import BaseSettings, accumulation_steps
 from gptfast.config_chat import MidSettings, SFTSettings
 from gptfast.data import shards_for
-from gptfast.memory import GIB, MemoryEstimate, estimate_memory
+from gptfast.memory import GIB, MemoryEstimate, checkpoint_bytes, estimate_memory
 from gptfast.model import GPTConfig, flops_per_token, parameter_counts
 from gptfast.report.prices import price
 from gptfast.report.reference import gpu_peak, reference
@@ -190,12 +190,6 @@ def steps_of(base: BaseSettings) -> int:
         target_flops=length.target_flops,
         tokens_per_param=length.target_param_data_ratio,
     )
-
-
-def checkpoint_bytes(config: GPTConfig) -> int:
-    """fp32: a parameter and its momentum for Muon, and two moments for AdamW."""
-    counts = parameter_counts(config)
-    return 4 * (2 * counts["blocks"] + 3 * (counts["embedding"] + counts["head"]))
 
 
 def _base(base: BaseSettings, here: Here) -> Estimate:
