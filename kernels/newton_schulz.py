@@ -7,13 +7,21 @@ transpose. Pushes every singular value that is not tiny near 1 (Jordan et al., 2
 github.com/KellerJordan/Muon, where a X is added beside the product and not within B). Not
 differentiable: Muon's update takes no gradient.
 
+x is read as it is, and never divided by its norm: the first A is G / s, and the first B has the
+norm in it,
+
+    G = x x^T,  |x|^2 = trace G,  s = (|x| + 1e-7)^2,  B = (a I + b G / s + c G G / s^2) / sqrt(s)
+
+which saves two passes over memory, 6 bytes an element. As G G is of the size of |x|^4, |x| may be
+1e9 at most.
+
 A and B are symmetric, so only tiles on and above the diagonal are computed; each is stored a second
 time, mirrored. A matrix is never copied to transpose it: the kernel takes strides. a I is added
 before B is rounded, which saves baddbmm's copy of X in each step, and near the end, where a and
 b A + c A A cancel, the rounding of a large diagonal.
 
-Numerics: X, A and B are rounded once each to bf16, |x| and sums are fp32. No atomics: the same bits
-every time. Cost of a step on a matrix, R rows and C columns:
+Numerics: X, A and B are rounded once each to bf16; sums are fp32, |x| is of G rounded. No atomics:
+the same bits every time. Cost of a step on a matrix, R rows and C columns:
 
     FLOPs    whole 4 R R C + 2 R R R, of which the kernel saves nearly half of 2 R R C + 2 R R R.
              d20 (80 of 1280 x 1280, 20 each of 5120 x 1280 and 1280 x 5120) in five steps:
@@ -76,7 +84,8 @@ def _upper_tile(t, n):
 def _symmetric_product_kernel(
     x_ptr,  # (N, R, K)
     gram_ptr,  # (N, R, R) contiguous, or None
-    out_ptr,  # (N, R, R) contiguous: x x^T, or with gram A I + B gram + C x x^T
+    norm_ptr,  # (N,) fp32 contiguous, or None for 1
+    out_ptr,  # (N, R, R) contiguous: x x^T; with gram (A I + B gram / s + C x x^T / s^2) / sqrt(s)
     R,
     K,
     x_n,
@@ -104,10 +113,16 @@ def _symmetric_product_kernel(
     place = rows[:, None] * R + cols[None, :]
     mask = (rows[:, None] < R) & (cols[None, :] < R)
     product = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    square, factor = 1.0, C
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr + n)
+        square = norm * norm
+        # Not at once: the norm's fifth power would leave fp32's range sooner.
+        factor = C / square / square / norm
     if gram_ptr is not None:
         gram = tl.load(gram_ptr + n * R * R + place, mask=mask, other=0.0).to(tl.float32)
         diagonal = tl.where(rows[:, None] == cols[None, :], A, 0.0)
-        product = (B * gram + diagonal) / C
+        product = (B * square * gram + square * square * diagonal) / C
     for k in range(0, K, BLOCK_K):
         inside = ks[None, :] < K - k
         left = tl.load(left_ptr, mask=(rows[:, None] < R) & inside, other=0.0)
@@ -117,7 +132,7 @@ def _symmetric_product_kernel(
         right_ptr += BLOCK_K * x_k
 
     if gram_ptr is not None:
-        product *= C
+        product *= factor
     out_ptr += n * R * R
     result = product.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, result, mask=mask)
@@ -147,8 +162,12 @@ def _config(r: int, capability: tuple[int, int]) -> dict[str, int | None]:
     }
 
 
-def _symmetric_product(x: Tensor, gram: Tensor | None = None) -> Tensor:
-    """x x^T, or a I + b gram + c x x^T: (N, R, R) bf16 of x (N, R, K) with any strides."""
+def _symmetric_product(x: Tensor, gram: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
+    """x x^T, or a I + b gram + c x x^T: (N, R, R) bf16 of x (N, R, K) with any strides.
+
+    norm (N,) fp32: gram and x are of matrices that have yet to be divided by it, and so has what
+    the polynomial will be multiplied with.
+    """
     n, r, k = x.shape
     out = x.new_empty(n, r, r)
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
@@ -157,12 +176,17 @@ def _symmetric_product(x: Tensor, gram: Tensor | None = None) -> Tensor:
     a, b, c = COEFFICIENTS
     with torch.cuda.device_of(x):
         _symmetric_product_kernel[(n * blocks * (blocks + 1) // 2,)](
-            *(x, gram, out, r, k, *x.stride()),
+            *(x, gram, norm, out, r, k, *x.stride()),
             *(a, b, c, _OPERANDS),
             **config,
             **FUSED_MULTIPLY_ADD,
         )
     return out
+
+
+def _norm(gram: Tensor) -> Tensor:
+    """Frobenius norms (N,) fp32 of the matrices that gram (N, R, R) is of."""
+    return gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32).sqrt()
 
 
 @torch.no_grad()
@@ -181,13 +205,12 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     if not runs_kernel(x) or x.numel() == 0:
         # A CPU without bf16 arithmetic takes several times longer in bf16.
         return newton_schulz_ref(x, steps, torch.float32).bfloat16()
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    # fp32 in, bf16 out, in one pass.
-    y = torch.div(x, norm + EPS, out=torch.empty_like(x, dtype=torch.bfloat16))
+    y = x.bfloat16()
     tall = x.shape[1] > x.shape[2]
-    for _ in range(steps):
+    for step in range(steps):
         gram = _symmetric_product(y.mT if tall else y)
-        polynomial = _symmetric_product(gram, gram)
+        norm = _norm(gram) + EPS if step == 0 else None
+        polynomial = _symmetric_product(gram, gram, norm)
         y = torch.bmm(y, polynomial) if tall else torch.bmm(polynomial, y)
     return y
 
@@ -197,12 +220,13 @@ def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
     half, r, k = torch.bfloat16, 1280, 5120
     config = _config(r, capability)
     cases = []
-    for label, gram, depth, strides in (
-        ("newton_schulz gram wide", None, k, (r * k, k, 1)),
-        ("newton_schulz gram tall", None, k, (r * k, 1, r)),
-        ("newton_schulz polynomial", half, r, (r * r, r, 1)),
+    for label, gram, norm, depth, strides in (
+        ("newton_schulz gram wide", None, None, k, (r * k, k, 1)),
+        ("newton_schulz gram tall", None, None, k, (r * k, 1, r)),
+        ("newton_schulz polynomial first", half, torch.float32, r, (r * r, r, 1)),
+        ("newton_schulz polynomial", half, None, r, (r * r, r, 1)),
     ):
         constants = dict(zip("ABC", COEFFICIENTS)) | {"OPERANDS": tl.bfloat16}
-        launch = (_symmetric_product_kernel, half, gram, half, r, depth, *strides)
+        launch = (_symmetric_product_kernel, half, gram, norm, half, r, depth, *strides)
         cases.append(AotCase.of_launch(label, *launch, **constants, **config))
     return cases

@@ -47,6 +47,28 @@ def test_symmetric_products(r, k):
         assert (error <= SPACING / 2 * exact.abs() + 1e-4).all(), error.max()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_first_polynomial_divides_by_the_norm(scale):
+    """What it gives for x is what the others give for x / |x|, and 1 / |x| of that."""
+    x = randn(2, 40, 72, dtype=BF16, scale=scale)
+    gram = module._symmetric_product(x)
+    norm = module._norm(gram)
+    exact_norm = torch.linalg.vector_norm(x.double(), dim=(1, 2))
+    torch.testing.assert_close(norm.double(), exact_norm, rtol=SPACING / 4, atol=0.0)
+    with poisoned_memory():
+        ours = module._symmetric_product(gram, gram, norm).double() * norm[:, None, None]
+    a, b, c = COEFFICIENTS
+    wide = gram.double() / norm[:, None, None].double() ** 2
+    exact = a * torch.eye(40, device=DEVICE) + b * wide + c * wide @ wide
+    assert ((ours - exact).abs() <= SPACING / 2 * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-7, 1e7])
+def test_far_from_one(scale):
+    """Down to where the norm's 1e-7 tells, and up."""
+    assert_accurate(randn(1, 20, 30, dtype=BF16, scale=scale))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accurate(shape):
     assert_accurate(randn(*shape, dtype=BF16))
