@@ -2,6 +2,10 @@
 
 n matrices of (R, C) in a group, r local rows of each; rows = ceil(R / n_shards) and
 k = ceil(n / (n_replicas * n_shards)) whole matrices a process.
+
+What is sent first is written where it will be sent from, and what comes back is read where it
+arrived: `unpack` is a view. In between, with several shards, each matrix is copied twice: a message
+holds the rows of several matrices, a product takes the rows of one.
 """
 
 import math
@@ -54,39 +58,47 @@ class Grid:
         return cls(**grid)
 
 
-def pack(shards: Tensor, n_rows: int, grid: Grid) -> Tensor:
-    """(n, r, C) -> (n_replicas, n_shards, k, rows, C): the process that orthogonalises, first.
+def packet(shards: Tensor, n_rows: int, grid: Grid) -> Tensor:
+    """Room for the bf16 of shards (n, r, C): (n_replicas, n_shards, k, rows, C), the process that
+    orthogonalises first.
 
-    Zero rows and zero matrices fill up what does not divide.
+    Not initialised where `unpack` points; around that, zero rows and zero matrices fill up what
+    does not divide.
     """
-    per_process = math.ceil(len(shards) / (grid.n_replicas * grid.n_shards))
-    padded = pad_to(shards, math.ceil(n_rows / grid.n_shards), dim=1)
-    padded = pad_to(padded, grid.n_replicas * grid.n_shards * per_process, dim=0)
-    return padded.unflatten(0, (grid.n_replicas, grid.n_shards, per_process))
+    n, r, columns = shards.shape
+    processes = (grid.n_replicas, grid.n_shards)
+    k, rows = math.ceil(n / math.prod(processes)), math.ceil(n_rows / grid.n_shards)
+    room = shards.new_empty(math.prod(processes) * k, rows, columns, dtype=torch.bfloat16)
+    room[n:].zero_()
+    room[:n, r:].zero_()
+    return room.unflatten(0, (*processes, k))
+
+
+def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """(n_replicas, n_shards, k, rows, C) -> a view of the shape (n, r, C), without the zeros."""
+    return packed.flatten(0, 2)[: shape[0], : shape[1]]
 
 
 def assemble(received: Tensor, n_rows: int) -> Tensor:
-    """(n_shards, k, rows, C) by source -> whole matrices (k, R, C)."""
-    return received.transpose(0, 1).flatten(1, 2)[:, :n_rows].contiguous()
+    """(n_shards, k, rows, C) by source -> whole matrices (k, R, C); one source is no copy."""
+    if len(received) == 1:
+        return received[0]
+    # On an H200 torch.cat of fp32 ran at 4.0 TB/s, a strided copy of bf16 at 1.4 (2026-11-22).
+    return torch.cat(received.unbind(), dim=1)[:, :n_rows].contiguous()
 
 
 def disassemble(whole: Tensor, n_shards: int) -> Tensor:
     """(k, R, C) -> (n_shards, k, rows, C) by destination; the inverse of assemble."""
-    rows = math.ceil(whole.shape[1] / n_shards)
-    padded = pad_to(whole, n_shards * rows, dim=1)
-    return padded.unflatten(1, (n_shards, rows)).transpose(0, 1).contiguous()
-
-
-def unpack(received: Tensor, shape: torch.Size) -> Tensor:
-    """(n_replicas, n_shards, k, rows, C) -> shape (n, r, C); the inverse of pack."""
-    return received.flatten(0, 2)[: shape[0], : shape[1]]
-
-
-def pad_to(x: Tensor, size: int, dim: int) -> Tensor:
-    """x with zeros after it along dim, up to this size; x itself if it has it already."""
-    missing = list(x.shape)
-    missing[dim] = size - x.shape[dim]
-    return torch.cat([x, x.new_zeros(missing)], dim) if missing[dim] else x
+    if n_shards == 1:
+        return whole.contiguous().unsqueeze(0)
+    k, n_rows, columns = whole.shape
+    rows = math.ceil(n_rows / n_shards)
+    padding = n_shards * rows - n_rows
+    padded = nn.functional.pad(whole, (0, 0, 0, padding)) if padding else whole
+    parts = whole.new_empty(n_shards, k, rows, columns)
+    # 16 bytes at a time, where a strided copy moves one element.
+    torch.split_with_sizes_copy(padded, [rows] * n_shards, dim=1, out=parts.unbind())
+    return parts
 
 
 def all_to_all(send: Tensor, group: dist.ProcessGroup | None) -> Exchange:

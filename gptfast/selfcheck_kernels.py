@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
-from kernels.nesterov import nesterov, nesterov_ref
+from kernels.muon import add_update, add_update_ref, nesterov, nesterov_ref
 from kernels.newton_schulz import newton_schulz, newton_schulz_ref
 from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
 from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -55,7 +55,7 @@ def kernel_cases(device: torch.device) -> list[Case]:
         "finite": torch.tensor(True, device=device),
     }
     qkv, head = (1, _T, 3 * _H * _D), (1, _T, _H, _D)
-    rows = (_T, _C)
+    rows, matrices = (_T, _C), (2, _T, _C)
     return [
         Case("rms_norm", rms_norm, rms_norm_ref, (rows, (_C,))),
         Case("add_rms_norm", add_rms_norm, add_rms_norm_ref, (rows, rows)),
@@ -79,8 +79,15 @@ def kernel_cases(device: torch.device) -> list[Case]:
         ),
         Case(
             "nesterov",
-            *(_with_copy(f) for f in _bound(nesterov, nesterov_ref, **last)),
-            ((1000,), (1000,)),
+            *(_moved_average(f) for f in _bound(nesterov, nesterov_ref, **last)),
+            (matrices, matrices),
+            backward=False,
+            dtype=torch.float32,
+        ),
+        Case(
+            "add_update",
+            *(_updated(f) for f in _bound(add_update, add_update_ref, alpha=-0.02)),
+            (matrices, matrices),
             backward=False,
             dtype=torch.float32,
         ),
@@ -134,11 +141,23 @@ def _bound(op: Callable, ref: Callable, **fixed: object) -> tuple[Callable, Call
     return partial(op, **fixed), partial(ref, **fixed)
 
 
-def _with_copy(op: Callable) -> Callable:
-    """For an operator that changes its first argument: gives it back, too."""
+def _moved_average(op: Callable) -> Callable:
+    """`nesterov`, which writes to what it is given, as a function of tensors."""
 
-    def run(first: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        first = first.clone()
-        return op(first, *rest), first
+    def run(average: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        average, out = average.clone(), torch.empty_like(grads, dtype=torch.bfloat16)
+        op(average, grads.unbind(), out=out)
+        return out, average
+
+    return run
+
+
+def _updated(op: Callable) -> Callable:
+    """`add_update` in the same way."""
+
+    def run(weights: Tensor, update: Tensor) -> Tensor:
+        weights = weights.clone()
+        op(weights.unbind(), update.bfloat16())
+        return weights
 
     return run

@@ -194,6 +194,8 @@ def test_kernels_without_operators_still_find_rows():
             "nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NNT",
             "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16",
             "_rms_norm_bwd_kernel",
+            "_nesterov_kernel",
+            "_add_update_kernel",
             "ncclDevKernel_AllReduce_Sum_f32_RING_LL",
             "something_entirely_new",
         ):
@@ -205,6 +207,7 @@ def test_kernels_without_operators_still_find_rows():
         (PRODUCTS, "layer not known"): pytest.approx(0.6),
         (ATTENTION, "backward"): pytest.approx(0.6),
         (MEMORY, "rms_norm_bwd"): pytest.approx(0.6),
+        (OPTIMIZER_GROUP, MUON_ELEMENTWISE): pytest.approx(1.2),
         (COMMUNICATION, "all-reduce"): pytest.approx(0.6),
         (ELSE, "something_entirely_new, forward"): pytest.approx(0.6),
         (GAPS, HOST_LATE): 0.0,

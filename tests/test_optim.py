@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from gptfast import optim
 from gptfast.errors import UserError
 from gptfast.optim import (
     AdamWGroup,
@@ -30,10 +31,11 @@ from gptfast.optim import (
     adamw_learning_rate,
     assemble,
     disassemble,
-    pack,
+    packet,
     unpack,
 )
-from tests.operators import host_never_waits
+from kernels.muon import add_update, nesterov
+from tests.operators import host_never_waits, poisoned_memory
 
 # Over four ranks: even rows, a rank without rows, fewer rows than ranks; and five, two and one
 # matrices of a shape, none a multiple of four.
@@ -346,6 +348,13 @@ def test_every_layout_follows_the_plain_implementation(layout, runs, oracle):
         assert_follows(history, oracle, f"{layout} rank {rank}")
 
 
+def test_kernels_follow_the_plain_implementation(oracle, monkeypatch):
+    """The passes that a GPU makes, interpreted; also where a step is skipped."""
+    monkeypatch.setattr(optim, "nesterov_ref", nesterov)
+    monkeypatch.setattr(optim, "add_update_ref", add_update)
+    assert_follows(train(None), oracle, "kernels")
+
+
 @pytest.mark.parametrize("layout", ["plain", *LAYOUTS])
 def test_ranks_and_replicas_agree_bit_by_bit(layout, runs):
     first, *others = runs[layout]
@@ -405,20 +414,27 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.numpy().tobytes() == b.numpy().tobytes()
 
 
+def packed(shards: Tensor, n_rows: int, grid: Grid) -> Tensor:
+    with poisoned_memory():
+        room = packet(shards, n_rows, grid)
+    unpack(room, shards.shape).copy_(shards)
+    return room
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 8), (2, 4), (3, 2), (5, 1)], ids=str)
 @pytest.mark.parametrize(("n", "R"), [(7, 16), (24, 12), (1, 3), (3, 1)], ids=str)
 def test_exchange_assembles_whole_matrices_and_returns_every_row(grid, n, R):
     n_replicas, n_shards = grid
-    matrices = torch.randn(n, R, 5)
+    matrices = torch.randn(n, R, 5).bfloat16()
     # As FSDP2 cuts rows: chunks of ceil(R / n_shards), then a shorter one, then empty ones.
     shards = list(matrices.chunk(n_shards, dim=1))
     shards += [matrices[:, :0]] * (n_shards - len(shards))
-    sent = [pack(shard, R, Grid(n_replicas, n_shards)) for shard in shards]
+    sent = [packed(shard, R, Grid(n_replicas, n_shards)) for shard in shards]
     gathered = [[] for _ in range(n_shards)]
     held = []
     for replica in range(n_replicas):
         whole = [
-            assemble(torch.stack([packed[replica, owner] for packed in sent]), R)
+            assemble(torch.stack([packets[replica, owner] for packets in sent]), R)
             for owner in range(n_shards)
         ]
         held += whole
@@ -434,9 +450,10 @@ def test_exchange_assembles_whole_matrices_and_returns_every_row(grid, n, R):
 
 def test_one_process_moves_nothing():
     shards = torch.randn(3, 4, 5)
-    whole = assemble(pack(shards, 4, Grid())[0], 4)
+    send = packed(shards, 4, Grid())
+    whole = assemble(send[0], 4)
     returned = unpack(disassemble(whole, 1).unsqueeze(0), shards.shape)
-    assert shards.data_ptr() == whole.data_ptr() == returned.data_ptr()
+    assert send.data_ptr() == whole.data_ptr() == returned.data_ptr()
 
 
 def test_learning_rate_falls_with_the_root_of_the_width():

@@ -260,6 +260,8 @@ def _some_rows(rows: int, name: str, all_rows: int) -> bool:
 def _optimizer(event: Event, job: Job) -> Kind | None:
     if event.name in _jit_functions("newton_schulz"):
         return Kind(OPTIMIZER_GROUP, NEWTON_SCHULZ)
+    if event.name in _jit_functions("muon"):
+        return Kind(OPTIMIZER_GROUP, MUON_ELEMENTWISE)
     if event.within("aten::_fused_adamw") or "adamw" in event.name.lower():
         return Kind(OPTIMIZER_GROUP, ADAMW)
     if event.phase != OPTIMIZER or event.within("FSDP::"):
