@@ -70,10 +70,10 @@ def compile_case(case: AotCase, arch: int) -> dict[str, int]:
     triton.knobs.nvidia.dump_ptxas_log = True
     with redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    registers = re.findall(r"Used (\d+) registers", log.getvalue())
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     return {
-        "registers": int(registers[1]),
+        "registers": int(registers[0]),
         "spill_bytes": sum(map(int, spills)),
         "shared_bytes": compiled.metadata.shared,
     }

@@ -195,10 +195,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config.stash[LINES] = []
     if not suite.rows:
         return
-    gpu = suite.gpu.name
+    card, ceilings = suite.instruments()
+    gpu = card.name
     found = marks(suite.rows, gpu)
     config.stash[LINES] = lines = [
-        f"{gpu}, measured in this session: {suite.ceilings}",
+        f"{gpu}, measured in this session: {ceilings}",
         *table(suite.rows),
         "",
         *agreement(suite.rows),
@@ -209,7 +210,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if option.json is not None:
         more = {
             "load_ms": suite.load_ms,
-            "ceilings": asdict(suite.ceilings),
+            "ceilings": asdict(ceilings),
             "marks": [asdict(mark) for mark in found],
         }
         write_json(option.json, suite.rows, **environment(gpu), **more)

@@ -44,14 +44,12 @@ class CompareSettings:
 def main() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "compare":
-        settings = tyro.cli(CompareSettings, args=sys.argv[2:], prog="bench.mfu compare")
+        asked = tyro.cli(CompareSettings, args=sys.argv[2:], prog="bench.mfu compare")
         slower = False
 
         def run() -> None:
             nonlocal slower
-            lines, slower = compare(
-                read_json(settings.before), read_json(settings.after), settings.max_loss
-            )
+            lines, slower = compare(read_json(asked.before), read_json(asked.after), asked.max_loss)
             print("\n".join(lines))
 
         return exit_code(run) or int(slower)

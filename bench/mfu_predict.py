@@ -217,7 +217,8 @@ def lines(at: PredictSettings) -> list[str]:
         f"{'GPUs':>5}{'shard x replicate':>19}{'a GPU':>12}{'step ms':>9}{'compute':>9}"
         f"{'beside':>8}{'exposed':>9}{'optimizer':>11}{'tok/s a GPU':>13}{'tok/s':>13}{'MFU':>8}",
     ]
-    peak = hardware.peak(GPU).bf16_flops
+    own = hardware.peak(GPU)
+    assert own is not None, "a GPU of hardware's table"
     gpus = 8
     while gpus <= 1024:
         found = best(config, gpus, at)
@@ -225,7 +226,7 @@ def lines(at: PredictSettings) -> list[str]:
             out.append(f"{gpus:>5}  no mesh fits this batch and memory")
         else:
             per_gpu = found.passes * found.batch * config.sequence_len / found.step
-            mfu = hardware.mfu(per_gpu * flops_per_token(config), peak)
+            mfu = hardware.mfu(per_gpu * flops_per_token(config), own.bf16_flops)
             out.append(
                 f"{gpus:>5}{f'{found.shards} x {found.replicas}':>19}"
                 f"{f'{found.passes} x {found.batch} seq':>12}{1e3 * found.step:>9.1f}"

@@ -142,7 +142,7 @@ def under_load(pool: Pool, tokenizer: Tokenizer, settings: Settings) -> dict:
     thread.start()
     try:
         while pool.state != READY:
-            if pool.state == FAILED:
+            if pool.state == FAILED and pool.failure is not None:
                 raise RuntimeError(pool.failure.message)
             time.sleep(0.1)
         # Once for what is new to the server too, such as its first long prefill.

@@ -74,7 +74,7 @@ class Load:
             "stream_options": {"include_usage": True},
         }
         answer = Answer(time.monotonic())
-        host, port = urlsplit(self.url).hostname, urlsplit(self.url).port or 80
+        host, port = urlsplit(self.url).hostname or "", urlsplit(self.url).port or 80
         reader, writer = await asyncio.open_connection(host, port)
         try:
             writer.write(_post(host, json.dumps(body).encode()))

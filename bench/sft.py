@@ -27,12 +27,14 @@ import numpy as np
 import torch
 import tyro
 
+from bench.mfu_step import NoCheckpoints
 from gptfast import hardware, parallel
 from gptfast.attention import choose_attention
 from gptfast.batch import Batch
 from gptfast.chat_data import PackedRows, RowLoader, Tokens, open_mixtures, tokenise
 from gptfast.config import LearningSettings, ModelSettings, SystemSettings
 from gptfast.config_chat import CPU_SYSTEM, MixtureSettings
+from gptfast.errors import UserError
 from gptfast.loop import Plan, Trainer
 from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, read_rows
@@ -176,7 +178,7 @@ class Way:
                     momentum=lambda step: 0.95,
                 ),
                 log=log,
-                checkpointer=_NoCheckpoints(),
+                checkpointer=NoCheckpoints(),
                 save=lambda step: None,
                 evaluate=lambda step: {},
                 sample=lambda step: {"samples": []},
@@ -224,11 +226,6 @@ class _QuietLog(MetricsLog):
     """metrics.jsonl, and nothing on the console."""
 
     def say(self, line: str) -> None:
-        pass
-
-
-class _NoCheckpoints:
-    def wait(self) -> None:
         pass
 
 
@@ -327,6 +324,8 @@ def conversations_of(settings: SFTBenchSettings) -> tuple[Tokens, int]:
     if not mixture.train:
         count = 2 * measure.steps * measure.examples_per_step
         return made_up(count, model.sequence_len, model.vocab_size), model.vocab_size
+    if measure.tokenizer is None:
+        raise UserError("--train needs the --tokenizer that its text is cut by")
     tokenizer = Tokenizer.load(measure.tokenizer)
     tokens = tokenise(
         open_mixtures(mixture, train=(), val=()).train,

@@ -68,7 +68,7 @@ class Suite:
     ) -> dict[str, Result]:
         """The results of a group, case, size and direction; `measure` is called the first time."""
         if key not in self._groups:
-            if self.ceilings is None:
+            if self.ceilings is None and self.gpu is not None:
                 self.ceilings = self.gpu.ceilings(self.load_ms)
                 self._release()
             self._groups[key] = measure()
@@ -76,13 +76,20 @@ class Suite:
             self._release()
         return self._groups[key]
 
+    def instruments(self) -> tuple[Gpu, Ceilings]:
+        """The GPU and what it was measured to do: known whenever `once` calls its `measure`."""
+        assert self.gpu is not None, "measuring needs a GPU"
+        assert self.ceilings is not None, "ceilings are measured first"
+        return self.gpu, self.ceilings
+
     def _release(self) -> None:
         if self.gpu is not None:
             self.gpu.release()
 
     def _measure(self, case: Case, size: Size, direction: str) -> dict[str, Result]:
+        gpu, ceilings = self.instruments()
         check, cost = self.check(case, size), case.cost[direction]
-        count = buffer_sets(cost.bytes, self.gpu.l2_bytes)
+        count = buffer_sets(cost.bytes, gpu.l2_bytes)
         sets = [Buffers.of(case, check.calls[OURS]) for _ in range(count)]
         # What moves memory stays below the card's power limit, and needs no load.
         load_ms = self.load_ms if cost.flops else 0.0
@@ -92,9 +99,9 @@ class Suite:
         def enter(name: str, call: Any) -> None:
             # The first stretch allocates: who does not fit is out before the rounds begin.
             clobbers = name in case.clobbering
-            contender = Contender(self.gpu, stages(call, direction, clobbers), sets, load_ms)
+            contender = Contender(gpu, stages(call, direction, clobbers), sets, load_ms)
             contender.sample()
-            peak = self.gpu.peak_bytes(contender.stages, sets[0])
+            peak = gpu.peak_bytes(contender.stages, sets[0])
             # The arguments count too; those of who clobbers were copied, and are in already.
             peaks[name] = peak if clobbers else peak + sets[0].bytes
             contenders[name] = contender
@@ -117,7 +124,7 @@ class Suite:
                 continue
             row = replace(
                 row,
-                **speed(samples[name], cost, self.ceilings),
+                **speed(samples[name], cost, ceilings),
                 sm_ghz=median(contenders[name].ghz),
                 peak_gib=peaks[name] / 2**30,
                 error_ratio=check.ratio(name),
@@ -132,16 +139,16 @@ class Suite:
     def _cross_checked(self, row: Row, call: Any, buffers: Buffers) -> Row:
         """With do_bench's median, if that is asked for, the call long and to be had by itself."""
         long = LONG_BOTH_MS if row.direction == BOTH else LONG_MS
-        if not self.do_bench or row.ms < long:
+        if not self.do_bench or row.ms is None or row.ms < long:
             return row
         run = again_and_again(call, row.direction, buffers)
         if run is None:
             return row
-        ms, ghz = self.gpu.do_bench(run, row.ms)
+        ms, ghz = self.instruments()[0].do_bench(run, row.ms)
         return replace(row, do_bench_ms=ms, do_bench_ghz=ghz)
 
 
-def speed(samples: Samples, cost: Cost, ceilings: Ceilings) -> dict[str, float | None]:
+def speed(samples: Samples, cost: Cost, ceilings: Ceilings) -> dict[str, Any]:
     """The figures of a row that follow from its times; the rate is in FLOPs where there are any."""
     ms = samples.quantile(0.5)
     return {

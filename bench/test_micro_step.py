@@ -63,7 +63,8 @@ class Model(NamedTuple):
 
     @property
     def gradients(self) -> list[Tensor]:
-        return [local(parameter.grad) for parameter in self.gpt.parameters()]
+        grads = (parameter.grad for parameter in self.gpt.parameters())
+        return [local(grad) for grad in grads if grad is not None]
 
 
 class Models:
@@ -122,10 +123,10 @@ def differences(ours: Model, theirs: Model, batch: tuple[Tensor, Tensor]) -> tup
 
 
 def measure(suite: Suite, models: Models) -> dict[str, Result]:
+    gpu, ceilings = suite.instruments()
     of_loss, of_gradients = differences(models[OURS], models[COMPILE], models.batch)
     contenders = {
-        name: Contender(suite.gpu, models[name].stages, [models.batch], suite.load_ms)
-        for name in KERNELS
+        name: Contender(gpu, models[name].stages, [models.batch], suite.load_ms) for name in KERNELS
     }
     for contender in contenders.values():
         # A step has as many launches as CUDA queues, so the host cannot be done before the GPU
@@ -134,9 +135,7 @@ def measure(suite: Suite, models: Models) -> dict[str, Result]:
     peaks = {}
     for name in KERNELS:
         models[name].without_gradients(models.batch)
-        peaks[name] = models[name].weight_bytes + suite.gpu.peak_bytes(
-            models[name].stages, models.batch
-        )
+        peaks[name] = models[name].weight_bytes + gpu.peak_bytes(models[name].stages, models.batch)
     samples = interleave(
         {name: contender.sample for name, contender in contenders.items()},
         seconds=0.0,
@@ -149,7 +148,7 @@ def measure(suite: Suite, models: Models) -> dict[str, Result]:
     for name in KERNELS:
         row = Row(
             *("micro_step", SIZE.name, BOTH, name),
-            **speed(samples[name], cost, suite.ceilings),
+            **speed(samples[name], cost, ceilings),
             sm_ghz=median(contenders[name].ghz),
             peak_gib=peaks[name] / 2**30,
             note=f"first step {models[name].first_step_seconds:.0f} s",

@@ -164,7 +164,7 @@ class Gpu:
     def do_bench(self, call: Callable[[], Any], ms: float) -> tuple[float, float]:
         """(median ms by Triton's own method, GHz right behind): one call at a time between its own
         two events, each on the same buffers again, after a write over the L2."""
-        median = triton.testing.do_bench(
+        median: Any = triton.testing.do_bench(
             call, warmup=LOAD_MS, rep=max(LOAD_MS, 10 * ms), return_mode="median"
         )
         return median, self.stretch(Stages(as_it_is, as_it_is), [None]).ghz

@@ -94,7 +94,7 @@ def _attention_in_documents(
     if backend == "cudnn":
         raise ValueError("PyTorch has no variable-length attention by cuDNN")
     # (B T, heads, D) each.
-    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    packed = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     starts, longest = documents.starts, documents.longest
     if backend == "flash4":
         y = torch.ops.gptfast.flash4_fwd(*packed, starts, longest)[0]
@@ -112,6 +112,7 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: 
         # torch 2.11 does not take fewer heads of k and v.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # A window that is open to the left and closed to the right: causal.
+    # pyrefly: ignore[bad-return]  (a pair only where the log-sum-exp is asked for)
     return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
 
 

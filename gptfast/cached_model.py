@@ -52,7 +52,7 @@ class CachedGPT:
         self._decode_head = model.lm_head
         self._decode_block = partial(_decode_block, self.config, self.ops, cached_attention)
         self._compiled = compile is not None
-        if self._compiled:
+        if compile is not None:
             self._decode_head = compile(model.lm_head)
             self._decode_block = partial(
                 compile(_decode_block), self.config, operators("reference"), fused_attention

@@ -12,12 +12,15 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from gptfast.conversation import PYTHON, PYTHON_OUTPUT, TEXT, Message, render_messages
 from gptfast.engine import STOP_TOKENS, Engine, TextStream
 from gptfast.errors import UserError
 from gptfast.sampling import Sampling
 from gptfast.tokenizer import Tokenizer
+
+N = TypeVar("N", int, float)
 
 PROMPT = "you> "
 # What a token between parts of an answer begins, and how that is shown.
@@ -250,7 +253,7 @@ class Terminal:
         self.say(f"(added to {argument})")
 
     def _help(self, _: str) -> None:
-        for name, (argument, does, _) in self.commands.items():
+        for name, (argument, does, _action) in self.commands.items():
             self.say(f"  /{name} {argument}".ljust(20) + does)
         self.say("  Ctrl-C".ljust(20) + "stop the answer")
 
@@ -284,7 +287,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _number(text: str, kind: type) -> int | float:
+def _number(text: str, kind: Callable[[str], N]) -> N:
     try:
         return kind(text)
     except ValueError as error:

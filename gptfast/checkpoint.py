@@ -295,11 +295,10 @@ class Checkpointer:
 
         def check() -> tuple[dict[str, Tensor], dict[str, Any]]:
             manifest, tensors = files.read_manifest(folder), files.flatten(state)
-            layout = reader.read_metadata().state_dict_metadata
             configs = ({}, {})
             if model_config is not None:
                 configs = manifest["meta"].get("model_config", {}), _as_json(model_config)
-            found = files.differences(layout, tensors, *configs)
+            found = files.differences(reader.layout(), tensors, *configs)
             if found:
                 more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
                 raise UserError(
@@ -329,7 +328,8 @@ class Checkpointer:
 
     def _together(self, work: Callable[[], T]) -> T:
         """This rank's result of `work`; if it failed on any rank, the first failure on all."""
-        result, failure = None, None
+        result: T | None = None
+        failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
@@ -337,10 +337,12 @@ class Checkpointer:
         for error in self._gather(failure):
             if error is not None:
                 raise error
+        # pyrefly: ignore[bad-return]  (work gave it, as it did not fail)
         return result
 
     def _on_rank_0(self, work: Callable[[], T]) -> T:
         """Rank 0's result of `work`, on every rank."""
+        # pyrefly: ignore[bad-return]  (None is what the others give)
         return self._gather(self._together(lambda: work() if self._rank == 0 else None))[0]
 
 

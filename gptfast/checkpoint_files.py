@@ -147,12 +147,10 @@ class Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         # What is written is on the CPU already: copying ahead from a GPU would only wait for it.
         super().__init__(folder, per_thread_copy_ahead=0)
-        self.fs = _CountingFileSystem()
+        counting = _CountingFileSystem()
+        self.fs: FileSystem = counting
+        self.written = counting.written
         self.folder = folder
-
-    @property
-    def written(self) -> dict[str, dict[str, int]]:
-        return self.fs.written
 
     def storage_meta(self) -> None:
         """Nothing: by default the absolute path of the folder would be kept in the checkpoint."""
@@ -289,6 +287,11 @@ class Reader(dcp.FileSystemReader):
         except (OSError, pickle.UnpicklingError) as error:
             raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
 
+    def layout(self) -> dict[str, TensorStorageMetadata]:
+        """Every tensor's shape and dtype; there is nothing else in our checkpoints."""
+        found = self.read_metadata().state_dict_metadata.items()
+        return {name: each for name, each in found if isinstance(each, TensorStorageMetadata)}
+
 
 def differences(
     layout: dict[str, TensorStorageMetadata],
@@ -333,7 +336,7 @@ def load_full_state(folder: Path, part: str | None = None) -> dict[str, Tensor]:
     if problem := find_damage(folder):
         raise DamagedCheckpoint(problem)
     reader = Reader(folder)
-    layout = reader.read_metadata().state_dict_metadata
+    layout = reader.layout()
     prefix = f"{part}." if part else ""
     state = {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype)

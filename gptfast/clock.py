@@ -36,6 +36,8 @@ def median_ms(pairs: Sequence[tuple[Moment, Moment]]) -> float:
 def elapsed_ms(start: Moment, end: Moment) -> float:
     """From start to end; waits until both have passed."""
     if isinstance(start, float):
+        assert isinstance(end, float), "moments of two devices"
         return 1e3 * (end - start)
+    assert not isinstance(end, float), "moments of two devices"
     end.synchronize()
     return start.elapsed_time(end)

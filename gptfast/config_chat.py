@@ -48,8 +48,10 @@ class MixtureSettings:
 @dataclass(frozen=True)
 class MidOptimSettings(OptimSettings):
     grad_clip: float = 0.0
+    # pyrefly: ignore[bad-override]  (`like` fills it in)
     device_batch_size: int | None = None
     """Sequences in one forward + backward of one GPU; as the source had it otherwise."""
+    # pyrefly: ignore[bad-override]  (`like` fills it in)
     total_batch_size: int | None = None
     """Tokens in one step of all GPUs together; as the source had it otherwise."""
 

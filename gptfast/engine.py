@@ -7,7 +7,7 @@ The loop is in gptfast/generation.py, the model's part in gptfast/cached_model.p
 """
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -82,7 +82,7 @@ class Engine:
         seeds: Sequence[int] | None = None,
         stop: Iterable[int] | None = None,
         tool: Tool | None = calculate,
-    ) -> Iterator[list[Token]]:
+    ) -> Generator[list[Token], None, None]:
         """Continue every prompt `num_samples` times; yields new tokens as they become known.
 
         Sequence i is sample i % num_samples of prompt i // num_samples. It ends with a stop token,
@@ -171,7 +171,7 @@ class Engine:
                     f"{max(0, self.context - len(prompt))}"
                 )
 
-    def _generate(self, requests: list[Request]) -> Iterator[list[Token]]:
+    def _generate(self, requests: list[Request]) -> Generator[list[Token], None, None]:
         if not requests:
             return
         slots = min(len(requests), self.max_rows)

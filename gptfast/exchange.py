@@ -107,6 +107,7 @@ def all_to_all(send: Tensor, group: dist.ProcessGroup | None) -> Exchange:
         return send
     received = torch.empty_like(send)
     work = dist.all_to_all_single(received, send, group=group, async_op=True)
+    assert work is not None, "this process is not in the group"
     yield
     work.wait()
     return received
@@ -118,6 +119,7 @@ def all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Exchange:
         return part.unsqueeze(0)
     parts = part.new_empty(group.size(), *part.shape)
     work = dist.all_gather(list(parts.unbind()), part, group=group, async_op=True)
+    assert work is not None, "this process is not in the group"
     yield
     work.wait()
     return parts

@@ -112,7 +112,7 @@ class Row:
 class Launch(NamedTuple):
     """Tokens on their way to the host: the i-th is for positions[i] of rows[i]."""
 
-    rows: list[Row | None]
+    rows: Sequence[Row | None]
     positions: list[int]
     tokens: Download
 
@@ -257,6 +257,7 @@ class Generation:
         padded = min(longest + -longest % PREFILL_MULTIPLE, self.cache.length, self.model.context)
         ids = self._upload([[*prompt, *[0] * (padded - len(prompt))] for prompt in prompts])
         rows = self._upload(slots)
+        start, ends = 0, ()
         for start in range(0, longest, chunk):
             ends = self.model.prefill(self.cache, rows, ids[:, start : start + chunk], start=start)
         at = self._upload([len(prompt) - 1 - start for prompt in prompts])
@@ -284,7 +285,7 @@ class Generation:
         self._steps_since_prefill += 1
         return Launch(rows, behind, Download(sampled))
 
-    def _sample(self, logits: Tensor, rows: list[Row | None], positions: list[int]) -> Tensor:
+    def _sample(self, logits: Tensor, rows: Sequence[Row | None], positions: list[int]) -> Tensor:
         samplings = [_NOTHING if row is None else row.sampling for row in rows]
         uniforms = [
             0.0 if row is None or row.sampling.greedy else row.uniform(position)

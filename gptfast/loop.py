@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,7 +19,6 @@ import torch.distributed as dist
 
 from gptfast import hardware
 from gptfast.batch import Batch
-from gptfast.checkpoint import Checkpointer
 from gptfast.clock import Moment, elapsed_ms, now
 from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, seconds_since_launch
@@ -46,7 +46,15 @@ class Loader(Protocol):
 
     wait_seconds: float
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Batch | tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of a checkpoint.Checkpointer; `save` starts the writing."""
+
+    folder: Path
+
+    def wait(self) -> None: ...
 
 
 class Profiler(Protocol):
@@ -134,7 +142,7 @@ class Trainer:
         loader: Loader,
         plan: Plan,
         log: MetricsLog,
-        checkpointer: Checkpointer,
+        checkpointer: Checkpoints,
         save: Callable[[int], None],
         evaluate: Callable[[int], dict],
         sample: Callable[[int], dict],
@@ -243,7 +251,8 @@ class Trainer:
         # Loss in nats, supervised tokens, whether any rank was asked to stop. fp64 counts exactly.
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for micro in range(plan.accumulation):
-            batch = Batch(*next(self.loader))
+            batch = next(self.loader)
+            batch = batch if isinstance(batch, Batch) else Batch(*batch)
             if micro == 0:
                 first_batch = now(device)
             synchronise_gradients(self.model, micro == plan.accumulation - 1)

@@ -80,7 +80,7 @@ def dependencies(root: Path = ROOT) -> tuple[int, int]:
             # Not on this machine (triton on a Mac), so it brings nothing here.
             continue
         found.add(name)
-        waiting += [_REQUIREMENT.match(r)[0] for r in required if "extra ==" not in r]
+        waiting += [_REQUIREMENT.findall(r)[0] for r in required if "extra ==" not in r]
     return len(direct), len(found)
 
 

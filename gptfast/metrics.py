@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ class MetricsLog:
         start_step: int = 0,
         total_steps: int = 0,
         sinks: tuple[str, ...] = (),
-        settings: object = None,
+        settings: Any = None,
     ) -> None:
         self._active = active
         if not active:
@@ -104,7 +105,7 @@ def _rows_before(path: Path, step: int) -> list[str]:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, settings: object) -> None:
+    def __init__(self, folder: Path, settings: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(folder / "tensorboard")
@@ -119,7 +120,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path, settings: object) -> None:
+    def __init__(self, folder: Path, settings: Any) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -136,7 +137,7 @@ class _WeightsAndBiases:
 _SINKS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
 
 
-def _open_sink(name: str, folder: Path, settings: object) -> _TensorBoard | _WeightsAndBiases:
+def _open_sink(name: str, folder: Path, settings: Any) -> _TensorBoard | _WeightsAndBiases:
     try:
         return _SINKS[name](folder, settings)
     except ImportError as error:

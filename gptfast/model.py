@@ -8,7 +8,7 @@ sub-layer computed but did not add yet. Adding and normalising is then one pass 
 (`add_rms_norm`), across the borders of blocks too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -192,8 +192,8 @@ class Embedding(nn.Embedding):
         super().__init__(config.vocab_size, config.n_embd)
         self.config, self.ops = config, ops
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.ops.rms_norm(super().forward(ids), eps=self.config.norm_eps)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.ops.rms_norm(super().forward(input), eps=self.config.norm_eps)
 
 
 class Head(nn.Module):
@@ -238,6 +238,10 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """kernels: "triton" or "reference"; attention_backend: a name of gptfast.attention."""
 
+    # Buffers: see rotary_table.
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self, config: GPTConfig, *, kernels: str = "reference", attention_backend: str = "math"
     ) -> None:
@@ -258,7 +262,8 @@ class GPT(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=False)
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[Block]:
+        # pyrefly: ignore[bad-return]  (a ModuleList of blocks, which torch does not type as one)
         return self.transformer["h"]
 
     def forward(
@@ -329,7 +334,7 @@ class GPT(nn.Module):
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Every parameter of the blocks: those that Muon trains."""
-        return {f"transformer.h.{n}": p for n, p in self.blocks.named_parameters()}
+        return {f"transformer.h.{n}": p for n, p in self.transformer["h"].named_parameters()}
 
 
 def rotary_table(config: GPTConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:

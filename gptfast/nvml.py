@@ -56,17 +56,20 @@ class EnergyMeter:
     def joules(self) -> float | None:
         """None without GPUs, or if one of them does not count."""
         now = energy_counters()[self._which]
-        if not now or None in now or None in self._start:
-            return None
-        return sum(after - before for before, after in zip(self._start, now)) / 1e3
+        used = [
+            after - before
+            for before, after in zip(self._start, now)
+            if before is not None and after is not None
+        ]
+        return sum(used) / 1e3 if used and len(used) == len(now) else None
 
 
 def energy_counters() -> list[int | None]:
     """Millijoules that each visible GPU has taken since its driver was loaded."""
     counters: list[int | None] = []
-    for handle in _handles():
+    for nvml, handle in _handles():
         value = ctypes.c_ulonglong()
-        done = _library().nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value))
+        done = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value))
         counters.append(value.value if done == _SUCCESS else None)
     return counters
 
@@ -74,10 +77,10 @@ def energy_counters() -> list[int | None]:
 def gpu_names() -> list[tuple[str, int]]:
     """(name, bytes of memory) of each visible GPU; unlike torch, this takes no memory there."""
     found = []
-    for handle in _handles():
+    for nvml, handle in _handles():
         name, memory = ctypes.create_string_buffer(96), _Memory()
-        failed = _library().nvmlDeviceGetName(handle, name, len(name))
-        failed = _library().nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) or failed
+        failed = nvml.nvmlDeviceGetName(handle, name, len(name))
+        failed = nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) or failed
         if not failed:
             found.append((name.value.decode(), memory.total))
     return found
@@ -91,7 +94,7 @@ def link_gb_per_second(index: int = 0) -> tuple[float, str] | None:
     handles = _handles()
     if index >= len(handles):
         return None
-    nvml, handle = _library(), handles[index]
+    nvml, handle = handles[index]
     links, active = 0, ctypes.c_uint()
     for link in range(_MAX_LINKS):
         failed = nvml.nvmlDeviceGetNvLinkState(handle, link, ctypes.byref(active))
@@ -119,8 +122,8 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def _handles() -> list[ctypes.c_void_p]:
-    """One for each GPU that CUDA shows to this process, in its order."""
+def _handles() -> list[tuple[ctypes.CDLL, ctypes.c_void_p]]:
+    """The library, and a handle of each GPU that CUDA shows to this process, in its order."""
     nvml = _library()
     if nvml is None:
         return []
@@ -132,7 +135,7 @@ def _handles() -> list[ctypes.c_void_p]:
         else:
             failed = nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle))
         if not failed:
-            handles.append(handle)
+            handles.append((nvml, handle))
     return handles
 
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gptfast.config import OptimSettings
+from gptfast.config import LearningSettings
 from gptfast.errors import UserError
 from gptfast.exchange import (
     Grid,
@@ -54,7 +54,7 @@ def adamw_learning_rate(lr: float, n_embd: int) -> float:
     return lr * (n_embd / _BASE_WIDTH) ** -0.5
 
 
-def build_optimizer(model: GPT, settings: OptimSettings) -> "Optimizer":
+def build_optimizer(model: GPT, settings: LearningSettings) -> "Optimizer":
     """The optimizer of a stage: Muon on the blocks, AdamW on embedding and head."""
     width = model.config.n_embd
     matrices = model.matrices()
@@ -261,13 +261,13 @@ class Optimizer:
 class _MuonGroup:
     """Matrices of one global shape (R, C); momentum (n, r, C) fp32 stacks their r local rows."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parameters: dict[str, nn.Parameter]
     momentum: Tensor
 
 
 def _group_by_shape(matrices: Mapping[str, nn.Parameter]) -> list[_MuonGroup]:
-    by_shape: dict[tuple[int, int], dict[str, nn.Parameter]] = {}
+    by_shape: dict[tuple[int, ...], dict[str, nn.Parameter]] = {}
     for name, parameter in matrices.items():
         by_shape.setdefault(tuple(parameter.shape), {})[name] = parameter
     groups = []

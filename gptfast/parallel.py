@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gptfast.errors import UserError
@@ -104,6 +104,7 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
         # Filling every fresh tensor with NaN would find bugs, but costs bandwidth.
+        # pyrefly: ignore[missing-attribute]  (the module makes it at runtime)
         torch.utils.deterministic.fill_uninitialized_memory = False
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = process_count()
@@ -144,6 +145,7 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
 
 
 def _new_host_group() -> dist.ProcessGroup:
+    # pyrefly: ignore[bad-return]  (every rank is in it: never a number instead of a group)
     return dist.new_group(backend="gloo", timeout=_PREPARATION_TIMEOUT)
 
 
@@ -193,12 +195,12 @@ def shard(
             block.compile(fullgraph=True, dynamic=False)
     units: list[nn.Module] = [model.transformer["wte"], *model.blocks, model.lm_head, model]
     for unit in units:
-        fully_shard(
+        sharded = fully_shard(
             unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
         )
-        unit.set_gradient_divide_factor(1.0)
+        sharded.set_gradient_divide_factor(1.0)
         # gloo has no pre-multiplied sum; a plain sum is what a factor of 1 asks for anyway.
-        unit.set_force_sum_reduction_for_comms(True)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
@@ -223,6 +225,7 @@ def materialise(model: GPT, world: World, seed: int) -> None:
 
 def synchronise_gradients(model: GPT, enabled: bool) -> None:
     """Off for every micro-step of a step but the last: gradients then add up locally."""
+    assert isinstance(model, FSDPModule), "a model that was not sharded"
     model.set_requires_gradient_sync(enabled)
     model.set_is_last_backward(enabled)
     model.set_reshard_after_backward(enabled)
@@ -234,6 +237,7 @@ def gather_replica(model: GPT, plain: GPT) -> GPT:
     (each cast to plain's dtype). Every rank calls it; after it ranks may go their own ways."""
     theirs = dict(model.named_parameters())
     for name, parameter in plain.named_parameters():
+        # pyrefly: ignore[missing-attribute]  (FSDP2 has made them DTensors)
         parameter.copy_(theirs[name].full_tensor())
     for name, buffer in plain.named_buffers():
         buffer.copy_(model.get_buffer(name))

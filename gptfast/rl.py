@@ -93,5 +93,5 @@ def make_batches(
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = ids[1:].where(chosen[1:], -1)
             scale[row, : len(ids) - 1] = weights[index] * chosen[1:]
-        batches.append(Batch(*(x.to(device) for x in (inputs, targets, scale))))
+        batches.append(Batch(inputs.to(device), targets.to(device), scale.to(device)))
     return batches

@@ -190,11 +190,11 @@ def filter_for(machine: str, *, namespaces: bool) -> bytes:
 def _conditional(number: int, condition: _Condition) -> list[tuple[int, int, int, int]]:
     # The low half of a 64-bit argument; both architectures are little-endian.
     word = _ARGUMENTS + 8 * condition.argument
-    over = (1, 0) if condition.unless else (0, 1)
+    if_set, if_clear = (1, 0) if condition.unless else (0, 1)
     return [
         (_JUMP_EQUAL, 0, 4, number),
         (_LOAD, 0, 0, word),
-        (_JUMP_ANY_BIT, *over, condition.bits),
+        (_JUMP_ANY_BIT, if_set, if_clear, condition.bits),
         (_RETURN, 0, 0, _EPERM),
         (_LOAD, 0, 0, _NUMBER),
     ]

@@ -1,12 +1,12 @@
 """Everything that a speedrun needs, tried before step 0: data, machine, kernels."""
 
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +52,7 @@ class Result:
 
 
 def run_checks(
-    plan: Plan, settings: SpeedrunSettings, stages: Mapping[str, object], here: Here
+    plan: Plan, settings: SpeedrunSettings, stages: Mapping[str, Any], here: Here
 ) -> Iterator[Result]:
     """One result after the other, each as soon as it is known. stages: base, mid and sft -> what
     their recipes are told."""
@@ -268,7 +268,7 @@ def answers(url: str, instead: str) -> None:
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS):
             pass
-    except (OSError, urllib.error.URLError) as error:
+    except OSError as error:
         raise UserError(f"{url} does not answer ({error}): {instead}, or --offline") from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -90,11 +90,18 @@ def _batch_sizes(run: Path) -> OptimSettings:
 
 
 class StageSettings(Protocol):
-    """What the settings of every stage hold."""
+    """What the settings of every stage hold: dataclasses that nobody writes to."""
 
-    optim: LearningSettings
-    system: SystemSettings
-    run: RunSettings
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def optim(self) -> LearningSettings: ...
+
+    @property
+    def system(self) -> SystemSettings: ...
+
+    @property
+    def run(self) -> RunSettings: ...
 
 
 class StageLoader(Loader, ResumableLoader, Protocol):

@@ -29,6 +29,8 @@ the same bits every time. Cost of a step on a matrix, R rows and C columns:
     bytes    6 R C + 6 R R of bf16 at least; products this large are bound by FLOPs
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -142,7 +144,7 @@ def _symmetric_product_kernel(
         tl.store(out_ptr + place, result.T, mask=mask)
 
 
-def _config(r: int, capability: tuple[int, int]) -> dict[str, int | None]:
+def _config(r: int, capability: tuple[int, int]) -> dict[str, Any]:
     """Launch rule for products of r rows.
 
     Blocks of 128 keep the tensor cores fed from shared memory, 32 KiB a stage; smaller matrices
@@ -226,7 +228,7 @@ def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
         ("newton_schulz polynomial first", half, torch.float32, r, (r * r, r, 1)),
         ("newton_schulz polynomial", half, None, r, (r * r, r, 1)),
     ):
-        constants = dict(zip("ABC", COEFFICIENTS)) | {"OPERANDS": tl.bfloat16}
+        constants: dict[str, Any] = {**dict(zip("ABC", COEFFICIENTS)), "OPERANDS": tl.bfloat16}
         launch = (_symmetric_product_kernel, half, gram, norm, half, r, depth, *strides)
         cases.append(AotCase.of_launch(label, *launch, **constants, **config))
     return cases

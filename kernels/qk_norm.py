@@ -232,7 +232,8 @@ def _backward(
     if not runs_kernel(q):
         y, dy = upcast(torch.cat((q, k), 2)), upcast(torch.cat((dq, dk), 2))
         dz = rstd[..., None] * (dy - y * (dy * y).mean(-1, keepdim=True))
-        dx = rotary_ref(*dz.split((h, h_kv), 2), cos, sin, offset=offset, inverse=True)
+        dz_q, dz_k = dz.split((h, h_kv), 2)
+        dx = rotary_ref(dz_q, dz_k, cos, sin, offset=offset, inverse=True)
         return torch.cat((*dx, upcast(dv)), 2).flatten(2).to(q.dtype)
     dqkv = q.new_empty(b, t, (h + 2 * h_kv) * d)
     if b * t > 0:
@@ -264,6 +265,7 @@ class _RotaryQKNorm(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  (torch calls it with one gradient an output)
     def backward(ctx, dq, dk, dv):
         dqkv = _backward(dq, dk, dv, *ctx.saved_tensors, ctx.offset)
         return dqkv, None, None, None, None, None, None

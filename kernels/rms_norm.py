@@ -165,7 +165,7 @@ def _forward(
     """(sum, y, rstd) of x (..., N); the sum is None without a branch."""
     if not runs_kernel(x):
         total = None if branch is None else x + branch
-        z = upcast(x if branch is None else total)
+        z = upcast(x if total is None else total)
         y = rms_norm_ref(z, weight, eps=eps).to(x.dtype)
         return total, y, torch.rsqrt(z.square().mean(-1) + eps)
     total = None if branch is None else x.new_empty(x.shape)
@@ -221,7 +221,7 @@ def _backward(
                 **config,
                 **FUSED_MULTIPLY_ADD,
             )
-    return dx, None if weight is None else partial.sum(0).to(weight.dtype)
+    return dx, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
 
 
 @torch.library.custom_op("gptfast::rms_norm", mutates_args=())
@@ -238,6 +238,7 @@ def _(x, weight, eps):
 def _add_rms_norm(
     residual: Tensor, branch: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # pyrefly: ignore[bad-return]  (with a branch there is a sum)
     return _forward(residual, branch, weight, eps)
 
 
@@ -260,6 +261,7 @@ def _(dy, dsum, y, rstd):
 def _rms_norm_weight_bwd(
     dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
+    # pyrefly: ignore[bad-return]  (with a weight it has a gradient)
     return _backward(dy, dsum, x, rstd, weight)
 
 

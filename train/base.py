@@ -63,7 +63,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
     corpus, tokenizer = prepare_text(
         settings.data,
         vocab_size=config.vocab_size,
-        tokens=plan.total_steps * plan.tokens_per_step,
+        tokens=plan.total_steps * optim.total_batch_size,
         world=world,
         say=say,
     )

@@ -60,10 +60,12 @@ def main() -> None:
     at_a_keyboard = sys.stdin.isatty()
     terminal = Terminal(chat, read=ask if at_a_keyboard else next_line, write=write, say=say)
     # What the terminal's encoding lacks, or is no text in a pipe, ends no conversation.
+    # pyrefly: ignore[missing-attribute]  (a TextIOWrapper unless it is replaced)
     sys.stdout.reconfigure(errors="replace")
     if settings.prompt is not None:
         terminal.answer(settings.prompt)
         return
+    # pyrefly: ignore[missing-attribute]  (as above)
     sys.stdin.reconfigure(errors="replace")
     if at_a_keyboard:
         # With it, input() lets a line be edited and recalls earlier ones.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -188,13 +188,14 @@ def evaluate_base(
     if run:
         subject = load_subject(run, placement, step=settings.step, tokenizer=settings.tokenizer)
     else:
+        assert settings.tokenizer, "asked for where the settings are checked"
         subject = random_subject(
             settings.depth, settings.sequence_len, placement, tokenizer=settings.tokenizer
         )
     subject = begin(subject, settings, world, say)
 
     # 2. Each rank evaluates its share with its own copy of the model.
-    loss: dict[str, object] = {}
+    loss: dict[str, Any] = {}
     if corpus:
         loss |= corpus_bits_per_byte(
             subject.model,
@@ -319,7 +320,7 @@ def score_core(
     return result
 
 
-def loss_section(loss: dict[str, object]) -> str:
+def loss_section(loss: dict[str, Any]) -> str:
     lines = [
         f"- {split} bpb: {loss[f'{split}_bpb']:.4f}"
         for split in ("train", "val")

@@ -50,6 +50,8 @@ def train(settings: MidSettings, world: parallel.World, say: Callable[[str], Non
     config = source.config
     settings = replace(settings, optim=settings.optim.like(source.optim))
     optim, run = settings.optim, settings.run
+    assert optim.device_batch_size, "the source's"
+    assert optim.total_batch_size, "the source's"
 
     # 2. Everything that can be wrong is found, and everything needed fetched, before step 0.
     stage = Stage("mid", settings, config, world, say)

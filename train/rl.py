@@ -32,7 +32,7 @@ from gptfast.rl_rollouts import Actor, longest_rollout
 from gptfast.run import exit_code
 from gptfast.schedule import muon_momentum
 from gptfast.stage import Source, Stage, learning_rate
-from gptfast.tasks import GSM8K, Task, fetch
+from gptfast.tasks import GSM8K, fetch
 from gptfast.tasks.toy import Toy
 
 
@@ -111,7 +111,9 @@ def train(settings: RLSettings, world: parallel.World, say: Callable[[str], None
     )
 
 
-def load_questions(questions: QuestionSettings, world: parallel.World) -> tuple[Task, Task]:
+def load_questions(
+    questions: QuestionSettings, world: parallel.World
+) -> tuple[GSM8K, GSM8K] | tuple[Toy, Toy]:
     """Those to learn from, and those to test with."""
     if questions.task == "toy":
         return Toy(split="train"), Toy(split="test")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class RowLoader:
             self._batches.close()
             self._batches = None
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """JSON values that say which step comes next; to be asked for between steps."""
         return {
             "identity": self._rows.identity,
@@ -93,7 +93,7 @@ class RowLoader:
             "step": self._done // self.accumulation,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the loader that gave `state` was; B and the world may differ.
 
         Raises:
@@ -112,7 +112,7 @@ class RowLoader:
         self.close()
         self._done = state["step"] * self.accumulation
 
-    def load_resharded(self, states: Sequence[dict[str, object]]) -> str:
+    def load_resharded(self, states: Sequence[dict[str, Any]]) -> str:
         """Continue from the states of all ranks of another world size; where, in words."""
         self.load_state_dict(states[0])
         return "every rank goes on at its share of the next step"

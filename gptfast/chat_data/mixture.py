@@ -116,7 +116,7 @@ def open_mixtures(
 
 
 def _open(
-    settings: MixtureSettings, parts: Sequence[str], *, split: str, progress: bool
+    settings: MixtureSettings, parts: Sequence[str], *, split: embedded_task.Split, progress: bool
 ) -> Mixture:
     tasks, identity = [], []
     for part in map(Part.parse, parts):
@@ -131,7 +131,7 @@ def _open(
 
 
 def _open_part(
-    settings: MixtureSettings, name: str, *, split: str, progress: bool
+    settings: MixtureSettings, name: str, *, split: embedded_task.Split, progress: bool
 ) -> tuple[Task, list[Path]]:
     """The part's task, and the files that it is made of."""
     if name == EMBEDDED:

@@ -4,7 +4,7 @@ Both are sequences of rows: `len`, and `fill`, which writes one row's inputs and
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class PackedRows:
         return self.lengths(row)
 
 
-def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack_rows(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     """Indices of the lengths, a list for each row, of which each holds at most `capacity` in all.
 
     Best fit: each goes, in order, into the row that it leaves the least room in, among the last

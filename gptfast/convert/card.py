@@ -6,6 +6,7 @@ Nothing is filled in by hand. What the folder does not tell is said to be missin
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -176,7 +177,7 @@ def _scores(evaluations: Mapping[str, Mapping]) -> dict[str, str | None]:
 def _results(evaluations: Mapping[str, Mapping], data: str | None) -> list[EvalResult]:
     """The scores that the Hub can show."""
 
-    def result(dataset: str, name: str, metric: str, value: float, **more: str) -> EvalResult:
+    def result(dataset: str, name: str, metric: str, value: float, **more: Any) -> EvalResult:
         return EvalResult("text-generation", dataset, name, metric, round(value, 6), **more)
 
     loss, core, chat = (evaluations.get(name, {}) for name in ("loss", "core", "chat"))

@@ -87,7 +87,7 @@ def write_run(out: Path, model: TrainedModel, *, origin: str, stage: str | None 
         write_checkpoint(folder / "checkpoints", model.step, tensors, meta)
 
 
-def write_settings(folder: Path, out: Path, origin: str, **text: str) -> None:
+def write_settings(folder: Path, out: Path, origin: str, **text: Any) -> None:
     """settings.json in `folder`, which will be `out`. text: what DataSettings is to say of it."""
     data = DataSettings(**text, tokenizer=out.absolute() / TOKENIZER_FOLDER)
     write_json(folder / "settings.json", {"imported_from": origin, "data": asdict(data)})

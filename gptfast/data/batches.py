@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ class BatchLoader:
             self._batches.close()
             self._batches = None
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """JSON values that say where the next batch begins, whatever was prefetched."""
         return {
             "fingerprint": self._fingerprint,
@@ -146,7 +146,7 @@ class BatchLoader:
             **self._next._asdict(),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the loader that gave `state` was; B and T may differ.
 
         The tokenizer has to be the same. The dataset too, except that in the first epoch it may
@@ -171,7 +171,7 @@ class BatchLoader:
         self.close()
         self._next = Position(*(state[field] for field in Position._fields))
 
-    def load_resharded(self, states: Sequence[dict[str, object]]) -> str:
+    def load_resharded(self, states: Sequence[dict[str, Any]]) -> str:
         """Continue from the states of all ranks of another world size; where, in words."""
         self.load_state_dict(reshard_states(states, self._world_size)[self._rank])
         return "every rank goes on at a row group that none has begun"
@@ -204,7 +204,7 @@ def share(row_groups: Sequence[RowGroup], rank: int, world_size: int) -> list[Ro
     return part
 
 
-def reshard_states(states: Sequence[dict[str, object]], world_size: int) -> list[dict[str, object]]:
+def reshard_states(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """States for another number of ranks, from the states of all ranks of one step.
 
     All new ranks continue in the furthest epoch E of the old ones, at row group S: one after the
@@ -296,7 +296,7 @@ def _pack(
                 run, count = new_run(), 1
                 run[0] = last
     # One token alone has no target.
-    if count > 1:
+    if count > 1 and epochs is not None:
         yield run, _Run(count, Position(epochs))
 
 

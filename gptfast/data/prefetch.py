@@ -17,7 +17,7 @@ class Prefetch(Generic[T]):
     """
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
-        self._queue = _Queue(depth)
+        self._queue: _Queue[T] = _Queue(depth)
         # The thread knows the queue, not this object: else it would keep it alive.
         thread = threading.Thread(target=_produce, args=(source, self._queue), daemon=True)
         self._finalizer = weakref.finalize(self, _end, self._queue, thread)
@@ -34,17 +34,17 @@ class Prefetch(Generic[T]):
         self._finalizer()
 
 
-class _Queue:
+class _Queue(Generic[T]):
     """A bounded queue that its producer can finish, with an exception, and its consumer close."""
 
     def __init__(self, depth: int) -> None:
-        self._items: deque = deque()
+        self._items: deque[T] = deque()
         self._depth = depth
         self._end: Exception | None = None
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, item: object) -> bool:
+    def put(self, item: T) -> bool:
         """Wait for room. False if nobody wants items any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._items) < self._depth)
@@ -53,12 +53,12 @@ class _Queue:
                 self._changed.notify_all()
             return not self._closed
 
-    def get(self) -> object:
+    def get(self) -> T:
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._end or self._closed)
             if self._closed:
                 raise StopIteration
-            if not self._items:
+            if self._end is not None and not self._items:
                 raise self._end
             item = self._items.popleft()
             self._changed.notify_all()
@@ -76,7 +76,7 @@ class _Queue:
             self._changed.notify_all()
 
 
-def _produce(source: Iterator, queue: _Queue) -> None:
+def _produce(source: Iterator[T], queue: _Queue[T]) -> None:
     try:
         for item in source:
             if not queue.put(item):

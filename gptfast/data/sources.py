@@ -80,9 +80,8 @@ def prepare_corpus(
         corpus = Corpus(spec, _all_groups(train), _all_groups([val]))
     elif spec == "embedded":
         folder = build_once(cache / f"{embedded.NAME}-{_FORMAT}", embedded.write_embedded)
-        corpus = Corpus(
-            spec, *(row_groups(folder / f"{split}.parquet") for split in ("train", "val"))
-        )
+        train, val = (row_groups(folder / f"{split}.parquet") for split in ("train", "val"))
+        corpus = Corpus(spec, train, val)
     else:
         corpus = _corpus_of_files(Path(spec).expanduser(), cache, validation, progress)
     for split, groups in (("training", corpus.train), ("validation", corpus.val)):

@@ -1,7 +1,7 @@
 """Batches from the host to the device, ahead of use."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -9,13 +9,6 @@ from gptfast.batch import Batch
 from gptfast.data.prefetch import Prefetch
 
 A = TypeVar("A")
-
-
-class _Copied(NamedTuple):
-    batch: Batch
-    about: object
-    # Recorded when the copy to the GPU is done; None elsewhere.
-    event: torch.cuda.Event | None
 
 
 class StagedBatches(Generic[A]):
@@ -56,7 +49,8 @@ def _copy(
     source: Iterator[tuple[torch.Tensor, A]],
     split: Callable[[torch.Tensor, A], Batch],
     device: torch.device,
-) -> Iterator[_Copied]:
+) -> Iterator[tuple[Batch, A, torch.Event | None]]:
+    """The event is recorded when the copy to the GPU is done; None elsewhere."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         # A thread begins on GPU 0, whatever the process uses.
@@ -65,8 +59,8 @@ def _copy(
     for host, about in source:
         with torch.cuda.stream(stream):
             batch = split(host.to(device, non_blocking=True), about)
-            event = stream.record_event() if on_gpu else None
-        yield _Copied(batch, about, event)
+            event = None if stream is None else stream.record_event()
+        yield batch, about, event
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:

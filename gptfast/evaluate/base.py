@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from gptfast.chat_data import RowLoader
 from gptfast.data import BatchLoader, RowGroup
 from gptfast.data.parquet import hold_out, read_documents
 from gptfast.evaluate.bits_per_byte import bits_per_byte
@@ -35,7 +36,7 @@ class BaseEvaluation:
         world: World,
         model: GPT,
         make_replica: Callable[[], GPT],
-        make_loader: Callable[[], BatchLoader],
+        make_loader: Callable[[], BatchLoader | RowLoader],
         tokenizer: Tokenizer,
         dtype: torch.dtype,
     ) -> None:
@@ -45,7 +46,7 @@ class BaseEvaluation:
         self.make_replica, self.make_loader, self.tokenizer = make_replica, make_loader, tokenizer
         self.token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
 
-    def validate(self, _step: int) -> dict:
+    def validate(self, step: int) -> dict:
         """{"val_bpb": ...}; the same number on every rank."""
         loader = self.make_loader()
         try:

@@ -41,7 +41,7 @@ def losses(
     nats = torch.zeros(2, dtype=torch.float64, device=token_bytes.device)
     counts = torch.zeros(2, dtype=torch.int64, device=token_bytes.device)
     for batch in batches:
-        inputs, targets, _, documents = Batch(*batch)
+        inputs, targets, _, documents = batch if isinstance(batch, Batch) else Batch(*batch)
         loss = model(inputs, targets, reduction="none", documents=documents)
         length = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         of_bytes = torch.where(length > 0, loss, 0.0)

@@ -112,7 +112,8 @@ def _behind_prompts(model: GPT, prompts: Sequence[list[int]], head: Tensor) -> T
     device = model.cos.device
     ends = trunk(model, upload(ids, device), model.cos[:T], model.sin[:T], attention)
     at = upload(last, device)
-    return logits(model, *(x.flatten(0, 1)[at] for x in ends), head)
+    residual, branch = (x.flatten(0, 1)[at] for x in ends)
+    return logits(model, residual, branch, head)
 
 
 def _judge(task: Task, conversation: Conversation, scores: np.ndarray) -> tuple[bool, float]:

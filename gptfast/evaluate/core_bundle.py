@@ -14,6 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import yaml
 
@@ -197,12 +198,12 @@ def _example(row: object, kind: str) -> Example:
         answer = _answer(row)
         options = tuple((context, answer) for context in _texts(row, "context_options"))
     gold = row.get("gold")
-    if not (_is_index(gold) and gold < len(options)):
+    if not _is_index(gold) or gold >= len(options):
         raise ValueError(f"gold is {gold!r}, no index of its {len(options)} options")
     return Example(options, gold)
 
 
-def _is_index(value: object) -> bool:
+def _is_index(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -150,8 +150,9 @@ class Scorer:
             T = ids.shape[1]
             return trunk(model, ids, model.cos[:T], model.sin[:T])
 
-        def attend(*qkv: Tensor) -> Tensor:
-            y = _attend(*(x.view(*ids.shape, *x.shape[2:]) for x in qkv), batch)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.view(*ids.shape, *x.shape[2:]) for x in (q, k, v))
+            y = _attend(q, k, v, batch)
             return y.reshape(1, ids.numel(), *y.shape[2:])
 
         # One row of all tokens, each with the angles of its own position.

@@ -54,7 +54,7 @@ def data_of_run(run: Path) -> DataSettings:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["data"]
         folders = {name: Path(saved[name]) for name in ("tokenizer", "cache") if saved[name]}
-        return DataSettings(**{**saved, **folders})
+        return DataSettings(**saved | folders)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not tell what the run was trained on: {error}") from error
 

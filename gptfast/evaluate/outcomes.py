@@ -100,7 +100,7 @@ class ResultStore:
         parts = self._parts(asked)
         for path in (self.folder / f"{asked.label}.json", *parts):
             for index, *outcome in self._read(path, self._key(asked)):
-                table[index] = (1, *outcome)
+                table[int(index)] = (1, *outcome)
         if parts:
             self.save(asked, table)
         return table

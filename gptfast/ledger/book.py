@@ -1,7 +1,7 @@
 """The ledger of a step: rows that add up to it, what they cost, as table and as JSON."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -162,11 +162,13 @@ def _inside(event: Event, stretch: Stretch) -> float:
 
 
 def _longest(named: Iterable[tuple[str, float]], us: float) -> tuple:
-    time, calls = Counter(), Counter()
+    time: dict[str, float] = defaultdict(float)
+    calls: dict[str, float] = defaultdict(float)
     for name, duration in named:
         time[name] += duration / us
         calls[name] += 1e3 / us
-    return tuple((name, ms, calls[name]) for name, ms in time.most_common(_KERNELS_KEPT))
+    longest = sorted(time.items(), key=lambda item: -item[1])
+    return tuple((name, ms, calls[name]) for name, ms in longest[:_KERNELS_KEPT])
 
 
 def _partition(stretch: Stretch) -> _Sums:
@@ -177,11 +179,11 @@ def _partition(stretch: Stretch) -> _Sums:
     host was late as long as it had not begun to launch what ends the gap.
     """
     events = stretch.events
-    busy = Counter()
+    busy: dict[int, float] = defaultdict(float)
     for event in events:
         if not is_communication(event):
             busy[event.stream] += event.end - event.start
-    main = busy.most_common(1)[0][0] if busy else None
+    main = max(busy, key=busy.__getitem__) if busy else None
     rank = [
         (2 if is_communication(event) else event.stream != main, event.start) for event in events
     ]
@@ -298,12 +300,12 @@ def read_json(path: Path) -> Ledger:
                 f"{path} is a ledger of another kind: {kept['format']!r} with {kept['formula']!r}, "
                 f"this program writes {FORMAT!r} with {FORMULA!r}"
             )
-        job = Job(**{**kept["job"], "config": GPTConfig(**kept["job"]["config"])})
+        job = Job(**kept["job"] | {"config": GPTConfig(**kept["job"]["config"])})
         return Ledger(
             job=job,
             device=kept["device"],
             rows=tuple(
-                Row(**{**row, "kernels": tuple(map(tuple, row["kernels"]))}) for row in kept["rows"]
+                Row(**row | {"kernels": tuple(map(tuple, row["kernels"]))}) for row in kept["rows"]
             ),
             step_ms=float(kept["step_ms"]),
             steps=int(kept["steps"]),

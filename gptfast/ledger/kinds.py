@@ -209,7 +209,7 @@ def transposed(op: Op) -> tuple[bool | None, bool | None]:
         return strides[-2] == 1
 
     given = op.strides[first : first + 2]
-    return tuple(map(one, given)) if len(given) == 2 else (None, None)
+    return (one(given[0]), one(given[1])) if len(given) == 2 else (None, None)
 
 
 def layer(
@@ -290,10 +290,9 @@ def _operator(event: Event, job: Job) -> Kind | None:
         return Kind(MEMORY, name, bytes=moved, call=op.number)
     if event.name in _jit_functions():
         return Kind(MEMORY, event.name.strip("_").removesuffix("_kernel"))
-    if event.within("aten::embedding"):
+    if op := event.within("aten::embedding"):
         C, V, M = job.config.n_embd, job.config.vocab_size, job.tokens
         moved = 2 * (M * C + (V * C if event.phase == BACKWARD else M * C))
-        op = event.within("aten::embedding")
         return Kind(MEMORY, f"embedding, {event.phase}", bytes=moved, call=op.number)
     if event.within("torch::autograd::AccumulateGrad"):
         return Kind(MEMORY, "gradients added up")

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class StepProfiler:
             self._scope.__exit__(None, None, None)
             self._scope = None
         if self._profile is not None and step == self.steps[-1]:
-            self._guarded(self._finish)
+            self._guarded(partial(self._finish, self._profile))
             self._profile = None
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -114,14 +115,14 @@ class StepProfiler:
         taken.start()
         self._profile = taken
 
-    def _finish(self) -> None:
+    def _finish(self, taken: profile) -> None:
         if self._on_gpu:
             torch.cuda.synchronize(self.device)
-        self._profile.stop()
+        taken.stop()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
-            self._profile.export_chrome_trace(str(path))
+            taken.export_chrome_trace(str(path))
             if self.keep_trace:
                 kept = self.out.with_suffix(".trace.json.gz")
                 with path.open("rb") as raw, gzip.open(kept, "wb", compresslevel=3) as packed:

@@ -147,7 +147,7 @@ def draw(ledger: Ledger, path: Path) -> bool:
     """The waterfall as a PNG, from the GPU's peak to what was achieved. False, and no file, where
     the peak is not known."""
     stages = waterfall(ledger)
-    if not stages:
+    if not stages or ledger.own_peak is None:
         return False
     # Imported here: the first import builds a font cache. No pyplot: it would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -215,7 +215,7 @@ def compare(before: Ledger, after: Ledger, max_loss: float) -> tuple[list[str], 
     changes = {key: new.get(key, 0.0) - old.get(key, 0.0) for key in {**old, **new}}
     # MFU is work by time: a row's part in the change of 1 / time is linear in its milliseconds.
     mfu = before.profiled_mfu()
-    per_ms = -100 * mfu / after.step_ms if mfu else None
+    per_ms = -100 * mfu / after.step_ms if mfu else 0.0
     lines.append(f"{'':<60}{'before':>9}{'now':>9}{'change':>9}" + (f"{'points':>8}" * bool(mfu)))
     for key, change in sorted(changes.items(), key=lambda item: -abs(item[1])):
         if abs(change) < 0.0005 * before.step_ms:

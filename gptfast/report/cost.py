@@ -1,6 +1,6 @@
 """Time, energy and money, ours and the reference's on equal terms: an hour of one GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -79,9 +79,8 @@ class Cost:
         """Of all GPUs, in all steps; None unless every step that ran was measured."""
         found = [step.get("energy_joules") for step in self.steps.values()]
         if found:
-            return None if None in found else sum(found)
-        each = [run.summary.get("energy_joules") for run in self.folders.runs.values()]
-        return sum(each) if each and None not in each else None
+            return _total(found)
+        return _total([run.summary.get("energy_joules") for run in self.folders.runs.values()])
 
     @property
     def hourly_rate(self) -> str:
@@ -136,8 +135,9 @@ class Cost:
     def _time_rows(self) -> list[tuple[str, str, str]]:
         theirs = _reference_hours()
         first = self.folders.first
+        gpu = first.gpu if first else None
         where = (
-            f"{self.gpus} × {short_gpu(first.gpu)}" if self.gpus else "CPU" if first else MISSING
+            f"{self.gpus} × {short_gpu(gpu)}" if self.gpus and gpu else "CPU" if first else MISSING
         )
         seconds = self.base.training_seconds if self.base else None
         minutes = reference()["sections"]["Base model training"]["Total training time"]
@@ -256,6 +256,12 @@ _HOW = (
     "measured FLOPs a second of one GPU as it is and suppose that it stays so. Energy is what NVML "
     "counts for the whole cards; the rest of the machine is not in it."
 )
+
+
+def _total(found: Sequence[float | None]) -> float | None:
+    """None for nothing, or if one of them is not known."""
+    known = [each for each in found if each is not None]
+    return sum(known) if known and len(known) == len(found) else None
 
 
 def _reference_hours() -> dict[str, float]:

@@ -100,7 +100,7 @@ def ledger(run: Run) -> list[Block]:
     if isinstance(found, str):
         return [Text(found, warning=True)]
     blocks: list[Block] = []
-    if stages := waterfall(found):
+    if (stages := waterfall(found)) and found.own_peak:
         peak = f"{found.own_peak / 1e12:g} TFLOP/s, {found.device}'s dense bf16 peak"
         svg = bar_steps([*stages, ("achieved", stages[-1][1])], title="MFU waterfall", unit="%")
         caption = f"Where every point of MFU went, of {peak}"

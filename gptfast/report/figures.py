@@ -1,6 +1,7 @@
 """A run's results under the reference report's names: numbers, not yet spelled."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from gptfast import hardware
 from gptfast.errors import UserError
@@ -9,7 +10,7 @@ from gptfast.report.runs import Run
 from gptfast.schedule import horizon
 
 MIB = 2**20
-Figures = dict[str, object]
+Figures = dict[str, Any]
 
 
 def base_results(run: Run) -> Figures:
@@ -133,6 +134,8 @@ def planned_steps(run: Run) -> int | None:
     if run.finished:
         return run.steps_done
     config = model_config(run)
+    if config is None:
+        return None
     try:
         length = run.settings["horizon"]
         return horizon(

@@ -1,6 +1,7 @@
 """What is above and below the stages: environment, headline figures, summary, time and money."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from gptfast import hardware
 from gptfast.machine import code_size, dependencies
@@ -27,7 +28,7 @@ from gptfast.report.spelling import MISSING, short_gpu, spell, times
 _STAGE_NAMES = {"base": "Base", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
 
 
-def machine_of(folders: Folders) -> dict[str, object]:
+def machine_of(folders: Folders) -> dict[str, Any]:
     """The speedrun's own record of where it ran, or the first run's."""
     first = folders.first
     recorded = dict(first.environment) if first else {}
@@ -67,7 +68,7 @@ def environment(folders: Folders, cost: Cost) -> Section:
     return Section("Environment", blocks)
 
 
-def _git(machine: Mapping) -> dict[str, object]:
+def _git(machine: Mapping) -> dict[str, Any]:
     commit = str(machine.get("git_commit") or "")[:7]
     return {
         "Branch": machine.get("git_branch"),
@@ -76,7 +77,7 @@ def _git(machine: Mapping) -> dict[str, object]:
     }
 
 
-def _hardware(machine: Mapping) -> dict[str, object]:
+def _hardware(machine: Mapping) -> dict[str, Any]:
     gpu, gpus = machine.get("device"), int(machine.get("processes") or 1)
     if gpu == "cpu":
         gpu = None
@@ -92,7 +93,7 @@ def _hardware(machine: Mapping) -> dict[str, object]:
     }
 
 
-def _software(machine: Mapping) -> dict[str, object]:
+def _software(machine: Mapping) -> dict[str, Any]:
     names = {"Python": "python", "PyTorch": "torch", "Triton": "triton"}
     names |= {"cuDNN": "cudnn", "NCCL": "nccl"}
     found = {label: machine.get(key) for label, key in names.items()}
@@ -100,7 +101,7 @@ def _software(machine: Mapping) -> dict[str, object]:
     return {label: value and str(value) for label, value in found.items()}
 
 
-def _size() -> dict[str, object]:
+def _size() -> dict[str, Any]:
     size, (direct, all_) = code_size(), dependencies()
     return {
         "Characters": size["characters"],
@@ -140,7 +141,7 @@ def tiles(folders: Folders, cost: Cost) -> tuple[Tile, ...]:
             "Tokens/s a GPU" if not base or base.gpu else "Tokens/s on CPU",
             f"{rate:,.0f}" if rate else MISSING,
             f"{their_rate:,.0f}",
-            times(rate, their_rate) if same_model and base.gpu else "",
+            times(rate, their_rate) if same_model and base and base.gpu else "",
             "" if same_model else "of another model than the reference's",
         ),
         Tile("Bits per byte", spell(loss), spell(theirs[LOSS]["val bpb"])),
@@ -201,7 +202,7 @@ def notices(folders: Folders) -> tuple[str, ...]:
 def summary(folders: Folders) -> Section:
     """The table BASE | MID | SFT | RL, CORE first, ChatCORE last."""
     ours = {stage: stage_metrics(folders.runs.get(stage)) for stage in TRAINING}
-    theirs: dict[str, Mapping[str, object]] = {
+    theirs: dict[str, Mapping[str, Any]] = {
         "base": {"CORE": reference()["sections"][CORE]["CORE metric"]}
     }
     for stage, title in CHAT.items():
@@ -227,11 +228,11 @@ def summary(folders: Folders) -> Section:
     return Section("Summary", (Table(columns, rows),), lead=True)
 
 
-def stage_metrics(run: Run | None) -> dict[str, object]:
+def stage_metrics(run: Run | None) -> dict[str, Any]:
     """What the summary tells of a stage: metric -> value, None where it is not to be had."""
     if run is None:
         return {}
-    metrics: dict[str, object] = {}
+    metrics: dict[str, Any] = {}
     if core := run.evaluations.get("core"):
         metrics["CORE"] = core.get("core_metric")
     if chat := run.evaluations.get("chat"):

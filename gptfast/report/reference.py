@@ -27,4 +27,6 @@ def hardware_name() -> str:
 
 def gpu_peak() -> float:
     """Dense bf16 FLOP/s of one of the reference's GPUs."""
-    return hardware.peak(reference()["gpu"]).bf16_flops
+    own = hardware.peak(reference()["gpu"])
+    assert own is not None, "a GPU of hardware's table"
+    return own.bf16_flops

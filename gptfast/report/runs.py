@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gptfast.checkpoint_files import MANIFEST
 from gptfast.errors import UserError
@@ -32,11 +33,11 @@ class Run:
 
     stage: str
     folder: Path
-    settings: Mapping[str, object]
-    environment: Mapping[str, object]
-    summary: Mapping[str, object]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    summary: Mapping[str, Any]
     rows: Sequence[Mapping]
-    meta: Mapping[str, object]
+    meta: Mapping[str, Any]
     """What the newest checkpoint belongs to: model_config, tokenizer, step."""
     evaluations: Mapping[str, Mapping]
     """loss, core, chat -> the JSON of the newest evaluation that has it."""
@@ -84,7 +85,7 @@ class Run:
         values = values[_WARMUP_STEPS:] or values[1:] or values
         return statistics.median(values) if values else None
 
-    def setting(self, name: str) -> object:
+    def setting(self, name: str) -> Any:
         """The leaf of this name, wherever in settings.json it is; None if nowhere."""
         return dict(leaves(self.settings)).get(name)
 
@@ -103,9 +104,9 @@ class Folders:
     """Everything that a report is made from."""
 
     runs: Mapping[str, Run]
-    tokenizer: Mapping[str, object] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """The tokenizer folder's report.json, and "timestamp"; empty if there is none."""
-    speedrun: Mapping[str, object] = field(default_factory=dict)
+    speedrun: Mapping[str, Any] = field(default_factory=dict)
     """speedrun.json: the steps with their times, energy and machine."""
 
     @property
@@ -114,7 +115,7 @@ class Folders:
         return next((self.runs[stage] for stage in STAGES if stage in self.runs), None)
 
 
-def leaves(tree: Mapping[str, object]) -> Iterable[tuple[str, object]]:
+def leaves(tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """(name, value) of everything in nested dictionaries that is not one."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -205,7 +206,7 @@ def _expand(paths: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _read_tokenizer(folder: Path) -> dict[str, object]:
+def _read_tokenizer(folder: Path) -> dict[str, Any]:
     training = _read_json(folder / _TOKENIZER_FILE).get("training", {})
     report = _read_json(folder / "report.json")
     return {

@@ -6,6 +6,7 @@ follows. A stage that was not run keeps its fields, empty on our side.
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from gptfast import hardware
 from gptfast.evaluate.samples import PROMPTS
@@ -121,9 +122,9 @@ def training(stage: str, run: Run | None) -> Section:
 
 
 def _settings_and_results(
-    settings: Mapping[str, object],
-    results: Mapping[str, object],
-    theirs: Mapping[str, object],
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    theirs: Mapping[str, Any],
     notes: Mapping[str, str] | None = None,
 ) -> list[Block]:
     """Two lists: the reference begins the names of results with a capital letter, those of settings
@@ -136,13 +137,13 @@ def _settings_and_results(
     ]
 
 
-def _settings(run: Run, theirs: Mapping) -> dict[str, object]:
+def _settings(run: Run, theirs: Mapping) -> dict[str, Any]:
     """The run's settings, those that the reference has too under its names."""
     ours = {"run": run.folder.name, **dict(leaves(run.settings))}
     return _renamed(ours, theirs)
 
 
-def _renamed(ours: dict[str, object], theirs: Mapping) -> dict[str, object]:
+def _renamed(ours: dict[str, Any], theirs: Mapping) -> dict[str, Any]:
     named = {name: ours.pop(ALIASES.get(name, name), None) for name in theirs if name[0].islower()}
     return {**named, **ours}
 
@@ -177,7 +178,7 @@ def base_loss(run: Run | None) -> Section:
     loss = run.evaluations.get("loss", {}) if run else {}
     ours = {f"{split} bpb": loss.get(f"{split}_bpb") for split in ("train", "val")}
     facts = Facts(side_by_side(ours if loss else {}, _theirs(LOSS)))
-    blocks = [facts, _samples(loss.get("samples", ()))]
+    blocks: list[Block] = [facts, _samples(loss.get("samples", ()))]
     return _evaluation(LOSS, run, "loss", blocks)
 
 
@@ -196,8 +197,8 @@ def _samples(written: Sequence[str]) -> Samples:
 def base_evaluation(run: Run | None) -> Section:
     core = run.evaluations.get("core", {}) if run else {}
     missing = core.get("missing", [])
-    ours: dict[str, object] = {}
-    if core:
+    ours: dict[str, Any] = {}
+    if run and core:
         ours["Model"] = f"{run.folder.name} (step {run.meta.get('step', run.steps_done)})"
         ours["CORE metric"] = core.get("core_metric")
         ours |= {task: figures["centered"] for task, figures in core["tasks"].items()}
@@ -217,8 +218,8 @@ def base_evaluation(run: Run | None) -> Section:
 def chat_evaluation(stage: str, run: Run | None) -> Section:
     chat = run.evaluations.get("chat", {}) if run else {}
     title, theirs = CHAT[stage], _theirs(CHAT[stage])
-    settings: dict[str, object] = {}
-    results: dict[str, object] = {}
+    settings: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if chat:
         settings = {**_renamed(dict(chat.get("arguments", {})), theirs), "source": stage}
         results = {task: figures["accuracy"] for task, figures in chat["tasks"].items()}
@@ -241,8 +242,8 @@ def _evaluation(title: str, run: Run | None, name: str, blocks: list[Block]) -> 
 
 
 def side_by_side(
-    ours: Mapping[str, object],
-    theirs: Mapping[str, object],
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
     notes: Mapping[str, str] | None = None,
 ) -> tuple[Fact, ...]:
     """The reference's fields in their order, then those that only we have."""
@@ -259,7 +260,7 @@ def side_by_side(
     )
 
 
-def _theirs(title: str) -> Mapping[str, object]:
+def _theirs(title: str) -> Mapping[str, Any]:
     return reference()["sections"].get(title, {})
 
 

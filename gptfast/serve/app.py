@@ -88,10 +88,10 @@ def create_app(
     async def index() -> Response:
         return page
 
-    app.add_exception_handler(ApiError, lambda _, error: error.response())
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(Exception, _unexpected_error)
+    app.exception_handler(ApiError)(lambda _, error: error.response())
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(Exception)(_unexpected_error)
     app.add_middleware(Guard, token=access.token, local_only=access.local_only)
     if access.origins:
         # Around the guard: a browser's question beforehand carries no token.
@@ -124,7 +124,7 @@ class Chat:
         with answer:
             whole = self._whole(answer, body)
             pieces, completion_tokens, finish = await unless_gone(request.receive, whole)
-        message = {"role": "assistant", "content": text_of(pieces)}
+        message: dict[str, Any] = {"role": "assistant", "content": text_of(pieces)}
         if parts := parts_of(pieces):
             message["parts"] = parts
         return JSONResponse(
@@ -223,7 +223,9 @@ class Chat:
         except UserError as error:
             raise ApiError(400, str(error), code="invalid_messages", param="messages") from error
 
-    async def _whole(self, answer: Answer, body: ChatRequest) -> tuple[list[Piece], int, str]:
+    async def _whole(
+        self, answer: Answer, body: ChatRequest
+    ) -> tuple[list[Piece], int, str | None]:
         """(pieces, tokens, why it ended)."""
         speech, pieces, tokens = Speech(self.tokenizer, body.stop_strings), [], 0
         async for ids in paced(answer):

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack
 from typing import TypeVar
 
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -65,7 +66,8 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, answer: Answer, first: Event, others: AsyncIterator[Event]) -> None:
-        self.status_code, self.background = 200, None
+        self.status_code = 200
+        self.background: BackgroundTask | None = None
         # The second is nginx's: it is not to collect them.
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self.answer, self.first, self.others = answer, first, others

@@ -64,7 +64,7 @@ class Guard:
                 "have it reached by other names",
                 code="wrong_host",
             )
-        if self.token and path not in _OPEN_PATHS and not self._has_token(headers):
+        if self.token and path not in _OPEN_PATHS and not _has_token(headers, self.token):
             raise ApiError(
                 401,
                 "this server wants its token: Authorization: Bearer ...",
@@ -78,11 +78,12 @@ class Guard:
             if int(headers.get("content-length", "0")) > MAX_BODY_BYTES:
                 raise ApiError(413, _TOO_LARGE, code="too_large", headers={"Connection": "close"})
 
-    def _has_token(self, headers: Headers) -> bool:
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        # Takes as long for a token that begins right as for any other.
-        same = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
-        return kind.lower() == "bearer" and same
+
+def _has_token(headers: Headers, token: str) -> bool:
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    # Takes as long for a token that begins right as for any other.
+    same = hmac.compare_digest(given.strip().encode("latin-1"), token.encode())
+    return kind.lower() == "bearer" and same
 
 
 def _without_port(host: str) -> str:

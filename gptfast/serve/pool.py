@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 from gptfast.engine import Engine
 from gptfast.generation import Request
@@ -96,11 +97,12 @@ class Replica:
     def start(self, slots: int, context: int | None, deliver: Callable[[object], None]) -> None:
         """Start the worker; `deliver` gets its messages on the running event loop, at last a Failed
         if it ends by itself."""
-        deliver = partial(asyncio.get_running_loop().call_soon_threadsafe, deliver)
+        on_the_loop = partial(asyncio.get_running_loop().call_soon_threadsafe, deliver)
         # Spawned: a process that has used CUDA or threads cannot be forked.
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         arguments = (theirs, self.make_engine, slots, context)
+        self._worker: BaseProcess | threading.Thread
         if self.in_process:
             self._worker = spawn.Process(target=work_in_process, args=arguments, daemon=True)
         else:
@@ -111,15 +113,16 @@ class Replica:
             theirs.close()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"to replica {self.number}")
         self._reader = threading.Thread(
-            target=_read, args=(self._connection, deliver), name=f"from replica {self.number}"
+            target=_read, args=(self._connection, on_the_loop), name=f"from replica {self.number}"
         )
         self._reader.daemon = True
         self._reader.start()
 
     @property
-    def process_id(self) -> int:
+    def process_id(self) -> int | None:
         """Of the worker."""
-        return self._worker.pid if self.in_process else os.getpid()
+        worker = self._worker
+        return os.getpid() if isinstance(worker, threading.Thread) else worker.pid
 
     def send(self, message: Add | Cancel | End) -> None:
         self._sender.submit(self._send, message)
@@ -136,13 +139,13 @@ class Replica:
         self.send(End())
         self._sender.shutdown(wait=False)
         self._worker.join(_LAST_SECONDS)
-        if self.in_process and self._worker.is_alive():
+        if not isinstance(self._worker, threading.Thread) and self._worker.is_alive():
             # Still compiling, or hanging.
             self._worker.kill()
             self._worker.join()
 
 
-def _read(connection: Connection, deliver: Callable[[object], None]) -> None:
+def _read(connection: Connection, deliver: Callable[[object], object]) -> None:
     try:
         while True:
             deliver(connection.recv())
@@ -200,10 +203,15 @@ class Pool:
         return [replica for replica in self.replicas if replica.ready and not replica.failure]
 
     @property
+    def workers(self) -> list[Ready]:
+        """What the workers of `ready` told of themselves."""
+        return [replica.ready for replica in self.ready if replica.ready]
+
+    @property
     def context(self) -> int:
         """The most tokens of prompt and answer. ApiError while no replica is ready."""
         self._check_open()
-        return min(replica.ready.context for replica in self.ready)
+        return min(worker.context for worker in self.workers)
 
     @property
     def running(self) -> int:

@@ -67,6 +67,7 @@ def _retry_after(seconds: float) -> dict[str, str]:
 
 
 class Part(BaseModel):
+    # pyrefly: ignore[not-a-type]  (constants of gptfast.conversation, which pydantic looks up)
     type: Literal[TEXT, PYTHON, PYTHON_OUTPUT]
     text: str
 

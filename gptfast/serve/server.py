@@ -73,7 +73,7 @@ def serve(
 
     def changed(pool: Pool) -> None:
         if pool.state == READY:
-            devices = ", ".join(replica.ready.device for replica in pool.ready)
+            devices = ", ".join(worker.device for worker in pool.workers)
             say(
                 f"ready: {len(pool.ready)} x {pool.slots} answers at a time on {devices}, "
                 f"{pool.context:,} tokens each"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ class Here:
             cpu_flops=0.0 if on else _measure_cpu(),
         )
 
-    def sharing(self, *, accumulates: bool) -> dict[str, int | bool]:
+    def sharing(self, *, accumulates: bool) -> dict[str, Any]:
         """What an estimate of memory asks of the machine."""
         return {
             "shards": max(1, self.gpus),
@@ -98,7 +99,7 @@ class Estimate:
 
 
 def describe_plan(
-    plan: Plan, stages: Mapping[str, object], here: Here, *, price_per_gpu_hour: float | None = None
+    plan: Plan, stages: Mapping[str, Any], here: Here, *, price_per_gpu_hour: float | None = None
 ) -> list[str]:
     """Lines for a terminal: each step, then the totals.
 
@@ -156,7 +157,7 @@ def disk_bytes(plan: Plan, base: BaseSettings) -> float:
     return (1 + len(stages)) * kept + text
 
 
-def estimate(plan: Plan, step: Step, stages: Mapping[str, object], here: Here) -> Estimate:
+def estimate(plan: Plan, step: Step, stages: Mapping[str, Any], here: Here) -> Estimate:
     if step.name == "report":
         return Estimate(step.name, 10.0, "run folders")
     if step.name == "base":
@@ -205,7 +206,7 @@ def _base(base: BaseSettings, here: Here) -> Estimate:
     return Estimate("base", seconds, ground, f"{count(tokens)} tokens, {steps:,} steps", disk)
 
 
-def _tuned(stage: str, stages: Mapping[str, object], here: Here) -> Estimate:
+def _tuned(stage: str, stages: Mapping[str, Any], here: Here) -> Estimate:
     """mid, sft, rl: known where the mixture is the reference's."""
     settings, base = stages[stage], stages["base"]
     config = config_of(base)

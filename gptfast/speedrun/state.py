@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from gptfast.errors import UserError
 from gptfast.speedrun.plan import Plan, Step
@@ -36,11 +37,11 @@ class Record:
 class State:
     """Of one speedrun: a record for every step that began."""
 
-    def __init__(self, plan: Plan, machine: Mapping[str, object]) -> None:
+    def __init__(self, plan: Plan, machine: Mapping[str, Any]) -> None:
         """Reads what is there. UserError if the file is damaged or of another kind."""
         self.path = plan.folder / FILE
         self.records: dict[str, Record] = {}
-        self._head: dict[str, object] = {"started": now()}
+        self._head: dict[str, Any] = {"started": now()}
         if self.path.exists():
             self._head, self.records = _read(self.path)
         folders = {name: os.path.relpath(f, plan.folder) for name, f in plan.folders.items()}
@@ -80,7 +81,7 @@ def now() -> str:
     return datetime.now().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _read(path: Path) -> tuple[dict[str, object], dict[str, Record]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
         return head, {name: Record(**record) for name, record in head.pop("steps").items()}

@@ -67,7 +67,7 @@ def _read_jsonl(file: Path) -> list[list[dict[str, Any]]]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{file}, line {number} is not JSON: {error}") from error
-        messages = record.get("messages") if isinstance(record, dict) else None
+        messages: Any = record.get("messages") if isinstance(record, dict) else None
         if problem := problem_with(messages):
             raise UserError(f"{file}, line {number}: {problem}")
         conversations.append(messages)
