@@ -27,9 +27,9 @@ from gptfast.tokenizer import Tokenizer
 _FORMAT = 1
 # Conversations rendered at a time.
 _CHUNK = 256
-# One core renders 0.8 million tokens a second (Python 3.11, tiktoken 0.14, 2026-11-22): what is
-# smaller than this is done before other processes have started.
-_ALONE = 20_000
+# One core renders 7,000 conversations a second (Python 3.11, tiktoken 0.14, 2026-11-22), and other
+# processes, which have PyTorch to import, take several seconds to start.
+_ALONE = 50_000
 
 
 class Tokens(NamedTuple):
@@ -125,9 +125,10 @@ def _rendered(
             yield _render_chunk(tokenizer, max_tokens, list(chunk))
         return
     workers = min(32, os.cpu_count() or 1)
-    # Not forked: this process has threads, and may have a GPU.
+    # Not forked from this process, which has threads and may have a GPU, but from one that imported
+    # everything once: spawned, 16 of them imported PyTorch for 80 s at once.
     with ProcessPoolExecutor(
-        workers, get_context("spawn"), _start_worker, (tokenizer, max_tokens)
+        workers, get_context("forkserver"), _start_worker, (tokenizer, max_tokens)
     ) as pool:
         waiting = deque()
         try:
