@@ -7,7 +7,7 @@ The loop is in gptfast/generation.py, the model's part in gptfast/cached_model.p
 """
 
 import codecs
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -129,26 +129,6 @@ class Engine:
                 sequences[token.sequence].append(token.id)
                 masks[token.sequence].append(int(token.sampled))
         return sequences, masks
-
-    def stream_text(
-        self, prompt: Sequence[int], *, stop: Iterable[int] | None = None, **options
-    ) -> Iterator[str]:
-        """The continuation of one prompt as pieces of text, none of them empty.
-
-        Only whole characters: the bytes of a started one wait for the rest. Stop tokens are left
-        out, other special tokens are spelled.
-        """
-        stop = self.stop_ids(stop)
-        return self._stream(self.generate([prompt], stop=stop, **options), stop)
-
-    def _stream(self, steps: Iterator[list[Token]], stop: frozenset[int]) -> Iterator[str]:
-        text = TextStream(self.tokenizer)
-        for tokens in steps:
-            ids = [token.id for token in tokens if not (token.sampled and token.id in stop)]
-            if piece := text.feed(ids):
-                yield piece
-        if piece := text.close():
-            yield piece
 
     def stop_ids(self, stop: Iterable[int] | None = None) -> frozenset[int]:
         """These, or those of STOP_TOKENS."""

@@ -59,7 +59,7 @@ def run_checks(
     base = stages["base"]
     on_gpu = torch.device("cuda", 0) if plan.on_gpu else torch.device("cpu")
     checks: dict[str, Callable[[], str]] = {
-        "text": partial(check_text, plan, settings, base),
+        "text": partial(check_text, settings, base),
         "tokenizer": partial(check_tokenizer, plan, settings, base),
         "CORE bundle": partial(check_bundle, settings, offline=_left_out(plan, "core")),
         "mid mixture": partial(check_mixture, stages["mid"].mixture, MID_TRAIN, MID_VAL),
@@ -87,7 +87,7 @@ def run_checks(
             yield Result(name, FAILED, f"{type(error).__name__}: {last}")
 
 
-def check_text(plan: Plan, settings: SpeedrunSettings, base: BaseSettings) -> str:
+def check_text(settings: SpeedrunSettings, base: BaseSettings) -> str:
     spec = base.data.data
     if spec == "fineweb-edu":
         here = sorted((settings.cache / "data" / spec).glob("shard_*.parquet"))

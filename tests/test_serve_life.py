@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -339,7 +340,8 @@ def test_a_worker_that_is_killed(run):
     with running(load, in_process=True, defaults=Defaults(max_tokens=390)) as it:
         asking = Asking(it, max_tokens=None, stream=True, temperature=0)
         asking.read("data")
-        os.kill(it.pool.replicas[0].process_id, signal.SIGKILL)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
         assert '"code": "failed"' in asking.read()
         it.wait_until(lambda: it.pool.state == "failed")
         assert it.pool.failure.message == "its process has ended"

@@ -148,14 +148,14 @@ def test_the_dry_run_knows_what_d20_takes():
     base = stages["base"]
     assert steps_of(base) == 21_400
     assert checkpoint_bytes(config_of(base)) == 4 * (2 * 393_216_000 + 3 * 167_772_160)
-    found = estimate(plan, plan.step("base"), stages, here())
+    found = estimate(plan.step("base"), stages, here())
     # 11.22 B tokens and 87 validations' forward passes at 54 % of 8 x 989 TFLOP/s, and the start.
     tokens = 11_219_763_200 + 87 * 10_485_760 / 3
     assert found.seconds == pytest.approx(40 + tokens * 3_491_758_080 / (0.54 * 8 * 989e12))
     assert found.work == "11.2 B tokens, 21,400 steps"
     # 225 shards of text and three checkpoints of 5.16 GB.
     assert found.disk == pytest.approx(225 * 100e6 + 3 * 5_158_993_920)
-    core = estimate(plan, plan.step("core"), stages, here())
+    core = estimate(plan.step("core"), stages, here())
     assert core.seconds == pytest.approx(445 * 312 / 989, rel=1e-6)
     lines = describe_plan(plan, stages, here())
     text = "\n".join(lines)

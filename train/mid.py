@@ -21,7 +21,7 @@ from gptfast.config import accumulation_steps
 from gptfast.config_chat import MidSettings, mid_preset
 from gptfast.evaluate.tuning import TuningEvaluation
 from gptfast.loop import Plan
-from gptfast.model import flops_per_token
+from gptfast.model import GPTConfig, flops_per_token
 from gptfast.preflight import prepare_conversations
 from gptfast.run import exit_code
 from gptfast.schedule import muon_momentum
@@ -89,19 +89,11 @@ def train(settings: MidSettings, world: parallel.World, say: Callable[[str], Non
     )
 
     # 4. Train.
-    total_steps = min(loader.steps, settings.num_iterations or loader.steps)
-    plan = Plan(
-        total_steps=total_steps,
-        accumulation=accumulation,
-        tokens_per_step=optim.total_batch_size,
-        flops_per_token=flops_per_token(config),
-        learning_rate_multiplier=learning_rate(optim, total_steps),
-        momentum=muon_momentum,
-        eval_every=run.eval_every,
-        sample_every=run.sample_every,
-        save_every=run.save_every,
+    plan = make_plan(settings, config, loader)
+    say(
+        f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
+        f"{plan.accumulation} pass(es) each"
     )
-    say(f"{total_steps:,} steps of {plan.tokens_per_step:,} tokens, {accumulation} pass(es) each")
     stage.train(
         plan,
         loader,
@@ -109,6 +101,23 @@ def train(settings: MidSettings, world: parallel.World, say: Callable[[str], Non
         evaluate=evaluation.validate,
         sample=evaluation.sample,
         title=f"mid-training of d{config.n_layer}",
+    )
+
+
+def make_plan(settings: MidSettings, config: GPTConfig, loader: RowLoader) -> Plan:
+    """Steps, schedules, and what is due when."""
+    optim, run = settings.optim, settings.run
+    total_steps = min(loader.steps, settings.num_iterations or loader.steps)
+    return Plan(
+        total_steps=total_steps,
+        accumulation=loader.accumulation,
+        tokens_per_step=optim.total_batch_size,
+        flops_per_token=flops_per_token(config),
+        learning_rate_multiplier=learning_rate(optim, total_steps),
+        momentum=muon_momentum,
+        eval_every=run.eval_every,
+        sample_every=run.sample_every,
+        save_every=run.save_every,
     )
 
 

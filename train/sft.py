@@ -79,13 +79,7 @@ def train(settings: SFTSettings, world: parallel.World, say: Callable[[str], Non
     loader = make_loader(rows)
     stage.check(device_batch_size=device_batch_size, accumulation=loader.accumulation)
     plan = make_plan(settings, stage, rows, loader)
-    if rows.left_out:
-        say(f"{rows.left_out} conversation(s) left out: cut before the assistant says anything")
-    say(
-        f"{rows.conversations:,} conversations in {len(rows):,} rows, "
-        f"{100 * rows.fill_ratio:.1f} % full; {plan.total_steps:,} steps of {rows_per_step} rows, "
-        f"{loader.accumulation} pass(es) each"
-    )
+    say(describe(rows, rows_per_step, plan))
 
     # 3. Model, optimizer, and what evaluates.
     stage.build(source)
@@ -110,6 +104,18 @@ def train(settings: SFTSettings, world: parallel.World, say: Callable[[str], Non
         sample=evaluation.sample,
         title=f"supervised fine-tuning of d{config.n_layer}",
     )
+
+
+def describe(rows: PackedRows, rows_per_step: int, plan: Plan) -> str:
+    lines = []
+    if rows.left_out:
+        lines.append(f"{rows.left_out} conversation(s) left out: cut before the assistant speaks")
+    lines.append(
+        f"{rows.conversations:,} conversations in {len(rows):,} rows, "
+        f"{100 * rows.fill_ratio:.1f} % full; {plan.total_steps:,} steps of {rows_per_step} rows, "
+        f"{plan.accumulation} pass(es) each"
+    )
+    return "\n".join(lines)
 
 
 def make_plan(settings: SFTSettings, stage: Stage, rows: PackedRows, loader: RowLoader) -> Plan:

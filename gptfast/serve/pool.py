@@ -7,7 +7,6 @@ over; what is sent to it goes through another, so that a full pipe stops nobody.
 import asyncio
 import itertools
 import multiprocessing
-import os
 import threading
 import time
 from collections import deque
@@ -117,12 +116,6 @@ class Replica:
         )
         self._reader.daemon = True
         self._reader.start()
-
-    @property
-    def process_id(self) -> int | None:
-        """Of the worker."""
-        worker = self._worker
-        return os.getpid() if isinstance(worker, threading.Thread) else worker.pid
 
     def send(self, message: Add | Cancel | End) -> None:
         self._sender.submit(self._send, message)

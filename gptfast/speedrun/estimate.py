@@ -105,7 +105,7 @@ def describe_plan(
 
     stages: base, mid, sft, rl -> the settings that the plan's commands come to.
     """
-    found = [estimate(plan, step, stages, here) for step in plan.steps]
+    found = [estimate(step, stages, here) for step in plan.steps]
     where = f"{here.gpus * here.nodes} x {here.gpu}" if here.gpu else "CPU"
     lines = [f"speedrun of d{plan.depth} on {where}, {here.nodes} node(s)", ""]
     lines.append(f"  {'step':10} {'about':>10}  {'work':26} {'disk':>8}  resting on")
@@ -157,7 +157,7 @@ def disk_bytes(plan: Plan, base: BaseSettings) -> float:
     return (1 + len(stages)) * kept + text
 
 
-def estimate(plan: Plan, step: Step, stages: Mapping[str, Any], here: Here) -> Estimate:
+def estimate(step: Step, stages: Mapping[str, Any], here: Here) -> Estimate:
     if step.name == "report":
         return Estimate(step.name, 10.0, "run folders")
     if step.name == "base":
