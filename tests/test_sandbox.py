@@ -1,13 +1,11 @@
 """Hostile programs in the sandbox, in both kinds of isolation; none may reach anything outside."""
 
-import functools
 import logging
 import os
 import re
 import secrets
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -21,49 +19,9 @@ import pytest
 from gptfast import sandbox
 from gptfast.errors import UserError
 from gptfast.sandbox import SandboxResult, run_many, run_program
-from gptfast.sandbox_filter import filter_for
+from tests.sandbox_cases import ENDLESS, NAMED, alive, kind, name, namespaces
 
-MIB = 1 << 20
-# Gives the program's processes and threads a name, by which they are found from outside.
-NAMED = "import ctypes\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n"
-ENDLESS = "while True: pass"
-
-
-@functools.cache
-def failure(kind: str) -> str | None:
-    return sandbox._failure(kind)
-
-
-@pytest.fixture(params=["namespaces", "filter"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if cause := failure(request.param):
-        pytest.skip(f"no {request.param} on this system: {cause}")
-    monkeypatch.setattr(sandbox, "isolation", lambda: request.param)
-    return request.param
-
-
-@pytest.fixture
-def namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    if cause := failure("namespaces"):
-        pytest.skip(f"no namespaces on this system: {cause}")
-    monkeypatch.setattr(sandbox, "isolation", lambda: "namespaces")
-
-
-@pytest.fixture
-def name() -> str:
-    return "sb-" + secrets.token_hex(5)
-
-
-def alive(name: str) -> list[int]:
-    """Processes with a thread of this name."""
-    found = []
-    for comm in Path("/proc").glob("[0-9]*/task/[0-9]*/comm"):
-        try:
-            if comm.read_text().strip() == name:
-                found.append(int(comm.parts[2]))
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-    return found
+__all__ = ["kind", "name", "namespaces"]
 
 
 def test_a_program_that_reaches_its_end_succeeds(kind):
@@ -131,98 +89,6 @@ def test_only_the_first_process_can_succeed(namespaces):
     result = run_program("import os, time\nif os.fork():\n time.sleep(0.2)\n os._exit(0)")
     assert not result.success
     assert run_program("import os\nif os.fork() == 0:\n os._exit(1)").success
-
-
-@pytest.mark.parametrize(
-    "endless",
-    [
-        ENDLESS,
-        "import time; time.sleep(1000)",
-        "import signal\nfor s in range(1, 32):\n try: signal.signal(s, signal.SIG_IGN)\n"
-        " except OSError: pass\nwhile True: signal.pause()",
-        "try:\n while True: pass\nfinally:\n while True: pass",
-        "2 ** 10**9 % 3; 3 ** 10**8",
-    ],
-)
-def test_an_endless_program_is_ended(kind, name, endless):
-    begin = time.monotonic()
-    result = run_program(
-        NAMED.format(name=name) + "print('on', flush=True)\n" + endless, timeout=0.5
-    )
-    assert time.monotonic() - begin < 10
-    assert result == SandboxResult(False, "on\n", "", "still running after 0.5 s", True, False)
-    assert not alive(name)
-
-
-def test_memory_is_limited(kind):
-    for source in ("x = [0] * 10**9", "x = []\nwhile True: x.append(bytearray(2**20))"):
-        result = run_program(source)
-        assert (result.success, result.memory_exceeded) == (False, True)
-        assert result.error.startswith("MemoryError")
-    assert run_program("x = bytearray(100 * 2**20)").success
-    small = run_program("x = bytearray(100 * 2**20)", memory_bytes=96 * MIB)
-    assert small.memory_exceeded
-    # One who is content with less goes on.
-    caught = run_program("try: x = [0] * 10**9\nexcept MemoryError: print('less')")
-    assert (caught.success, caught.stdout) == (True, "less\n")
-
-
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_output_is_limited(kind, stream):
-    flood = f"import sys\nwhile True: sys.{stream}.write('x' * 10**6)"
-    result = run_program(flood, file_bytes=MIB)
-    assert not result.success
-    assert "File too large" in result.error
-    assert len(getattr(result, stream)) == MIB
-
-
-def test_files_are_limited(namespaces):
-    result = run_program("with open('a', 'wb') as f: f.write(bytes(2**20 + 1))", file_bytes=MIB)
-    assert "File too large" in result.error
-    source = "for i in range(9):\n with open(str(i), 'wb') as f: f.write(bytes(2**20))"
-    result = run_program(source, file_bytes=MIB)
-    assert "No space left" in result.error
-
-
-FORK_BOMB = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
-COUNTED_FORKS = """
-import os, time
-children = 0
-try:
-    while True:
-        if os.fork() == 0: time.sleep(1000)
-        children += 1
-except OSError: print(children)
-"""
-COUNTED_THREADS = """
-import threading, time
-threads = 0
-try:
-    while True:
-        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
-        threads += 1
-except (RuntimeError, MemoryError): print(threads)
-"""
-
-
-def test_fork_bombs_stay_within_limits(kind, name):
-    result = run_program(NAMED.format(name=name) + FORK_BOMB, timeout=1.0)
-    assert result.timed_out
-    assert not alive(name)
-
-
-def test_processes_and_threads_are_counted(kind, name):
-    allowed = {"namespaces": 5, "filter": 0}[kind]
-    result = run_program(NAMED.format(name=name) + COUNTED_FORKS, processes=6)
-    assert (result.success, result.stdout) == (True, f"{allowed}\n")
-    result = run_program(NAMED.format(name=name) + COUNTED_THREADS, processes=6)
-    assert result.success
-    if kind == "namespaces":
-        assert result.stdout == "5\n"
-    else:
-        # Each takes 8 MB of its 256 MB for a stack.
-        assert 1 < int(result.stdout) < 64
-    assert not alive(name)
 
 
 @pytest.mark.parametrize(
@@ -452,72 +318,6 @@ def test_no_isolation_runs_nothing(undecided, monkeypatch):
     monkeypatch.setattr(sandbox, "_failure", {"namespaces": "EPERM", "filter": "EINVAL"}.get)
     with pytest.raises(UserError, match=r"'EPERM'.*'EINVAL'"):
         run_program("pass")
-
-
-def decide(machine: str, namespaces: bool, number: int, *arguments: int) -> int:
-    """What the kernel would make of the filter: 0 for allowed, an errno, -1 for killed."""
-    code = filter_for(machine, namespaces=namespaces)
-    call = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "i386": 0x40000003}
-    data = struct.pack("<iIQ6Q", number, call[machine], 0, *arguments, *[0] * (6 - len(arguments)))
-    return simulate(code, data)
-
-
-def simulate(code: bytes, data: bytes) -> int:
-    position, word = 0, 0
-    while True:
-        operation, if_true, if_false, k = struct.unpack_from("HBBI", code, 8 * position)
-        position += 1
-        if operation == 0x06:
-            return {0x7FFF0000: 0, 0x80000000: -1}.get(k, k & 0xFFFF)
-        if operation == 0x20:
-            word = int.from_bytes(data[k : k + 4], "little")
-        else:
-            test = {0x15: word == k, 0x35: word >= k, 0x45: bool(word & k)}[operation]
-            position += if_true if test else if_false
-
-
-@pytest.mark.parametrize(
-    ("call", "numbers", "arguments", "with_namespaces", "without"),
-    [
-        ("read", (0, 63), (), 0, 0),
-        ("write", (1, 64), (), 0, 0),
-        ("mmap", (9, 222), (), 0, 0),
-        ("execve", (59, 221), (), 0, 0),
-        ("socket", (41, 198), (), 0, 1),
-        ("kill", (62, 129), (), 0, 1),
-        ("unlinkat", (263, 35), (), 0, 1),
-        ("mount", (165, 40), (), 1, 1),
-        ("ptrace", (101, 117), (), 1, 1),
-        ("clone a process", (56, 220), (0x1200011,), 0, 1),
-        ("clone a thread", (56, 220), (0x3D0F00,), 0, 0),
-        ("clone a user namespace", (56, 220), (0x10000011,), 1, 1),
-        ("openat O_RDONLY|O_CLOEXEC", (257, 56), (0, 0, 0o2000000), 0, 0),
-        ("openat O_WRONLY", (257, 56), (0, 0, 1), 0, 1),
-        ("openat O_CREAT", (257, 56), (0, 0, 0o100), 0, 1),
-        ("fcntl F_DUPFD_CLOEXEC", (72, 25), (0, 1030), 0, 0),
-        ("fcntl F_SETOWN", (72, 25), (0, 8), 0, 1),
-        ("prlimit64 of itself", (302, 261), (0,), 0, 0),
-        ("prlimit64 of another", (302, 261), (1,), 0, 1),
-        ("clone3", (435, 435), (), 38, 38),
-        ("io_uring_setup", (425, 425), (), 38, 38),
-        ("pidfd_send_signal", (424, 424), (), 38, 38),
-    ],
-)
-def test_filter(call, numbers, arguments, with_namespaces, without):
-    for machine, number in zip(("x86_64", "aarch64"), numbers):
-        assert decide(machine, True, number, *arguments) == with_namespaces
-        assert decide(machine, False, number, *arguments) == without
-
-
-def test_filter_knows_its_machine():
-    for machine, other in (("x86_64", "aarch64"), ("aarch64", "x86_64")):
-        foreign = struct.pack("<iIQ6Q", 0, 0x40000003, 0, *[0] * 6)
-        assert simulate(filter_for(machine, namespaces=True), foreign) == -1
-        assert filter_for(machine, namespaces=False) != filter_for(other, namespaces=False)
-    # The x32 calls of x86_64 have this bit.
-    assert decide("x86_64", False, 0x40000000 | 41) == 38
-    with pytest.raises(KeyError):
-        filter_for("riscv64", namespaces=True)
 
 
 def test_threads_may_run_programs(kind):
