@@ -63,8 +63,11 @@ class Model(NamedTuple):
 
     @property
     def gradients(self) -> list[Tensor]:
-        grads = (parameter.grad for parameter in self.gpt.parameters())
-        return [local(grad) for grad in grads if grad is not None]
+        found = []
+        for name, parameter in self.gpt.named_parameters():
+            assert parameter.grad is not None, name
+            found.append(local(parameter.grad))
+        return found
 
 
 class Models:
