@@ -80,8 +80,8 @@ class Scorer:
     def __init__(
         self, model: GPT, *, batch_tokens: int = BATCH_TOKENS, one_at_a_time: bool = False
     ) -> None:
-        """one_at_a_time: every sequence alone, whole and through the model's own blocks: the
-        slow way, to compare with."""
+        """one_at_a_time: every sequence alone and whole, causal from its first token to its last:
+        the slow way, to compare with."""
         self.model, self.batch_tokens, self.one_at_a_time = model, batch_tokens, one_at_a_time
         self._head = model.lm_head.weight.detach().float()
         self.tokens = 0
@@ -148,7 +148,7 @@ class Scorer:
         model, ids = self.model, batch.ids
         if self.one_at_a_time:
             T = ids.shape[1]
-            return trunk(model, ids, model.cos[:T], model.sin[:T])
+            return trunk(model, ids, model.cos[:T], model.sin[:T], attention)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.view(*ids.shape, *x.shape[2:]) for x in (q, k, v))

@@ -60,14 +60,19 @@ def trunk(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q (B, T, H, D), k and v (B, S, Hkv, D) -> (B, T, H, D); causal, T = S, if there is no mask
-    (B, 1, T, S)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    (B, 1, T, S).
+
+    In fp32, whatever they are: kernels for bf16 round softmax's weights in each their own way, and
+    an item that shares its beginning would not be scored as it is alone.
+    """
+    dtype = q.dtype
+    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
     if q.shape[1] != k.shape[1]:
         # Not every backend takes fewer heads of k and v.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     with sdpa_kernel(_BACKENDS):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(dtype)
 
 
 def logits(model: GPT, residual: Tensor, branch: Tensor, rows: Tensor) -> Tensor:
