@@ -16,7 +16,7 @@ the same bits every time. For an fp16 du small probabilities would vanish, as no
 them here: fp16 is refused.
 
 FLOPs: 2 M V C a product; three with both gradients, one without. Memory: a chunk of logits, dx,
-fp32 dW; for d20 (M = V = 65,536, C = 1,280) with 8 chunks 1 GiB + 160 MiB + 320 MiB.
+fp32 dW; for d20 (M = V = 65,536, C = 1,280) with 4 chunks 2 GiB + 160 MiB + 320 MiB.
 """
 
 import torch
@@ -38,20 +38,16 @@ from kernels.launch import (
 from kernels.logits_pass import logits_pass
 
 # Fewer chunks make longer products, and fewer passes over dW, for a larger buffer. d20's head on
-# an H200, by its three products alone: 4 chunks 1.130, 6 chunks 1.124, 8 chunks 1.145 (2026-11-22,
-# before the last pass over dx and dW).
-CHUNKS = 6
+# an H200, by its three products alone, medians of 24 in turns: 4 chunks 1.103, 6 chunks 1.121, 8
+# (of 8,448 rows) 1.113 (2026-11-22).
+CHUNKS = 4
 
 # Of the kernel that scales gradients.
 _BLOCK = 4096
 
 
 def chunk_rows(m: int, chunks: int) -> int:
-    """Rows of all chunks but the last, which takes what is left; at least 1.
-
-    Not rounded up to whole tiles of the products: with d20's six chunks of 11,008 instead of 10,923
-    the head took 57.2 ms, not 55.1 (H200, 2026-11-22).
-    """
+    """Rows of all chunks but the last, which takes what is left; at least 1."""
     return max(1, -(-m // chunks))
 
 
