@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from kernels.embedding import SPLIT, embedding, embedding_ref
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.muon import add_update, add_update_ref, nesterov, nesterov_ref
 from kernels.newton_schulz import newton_schulz, newton_schulz_ref
@@ -56,7 +57,11 @@ def kernel_cases(device: torch.device) -> list[Case]:
     }
     qkv, head = (1, _T, 3 * _H * _D), (1, _T, _H, _D)
     rows, matrices = (_T, _C), (2, _T, _C)
+    # One word is every other token, in several parts of the sum; others are a few, or none.
+    numbers = torch.arange(6 * SPLIT, device=device)
+    ids = numbers % 2 * numbers % _V
     return [
+        Case("embedding", partial(embedding, ids), partial(embedding_ref, ids), ((_V, _C),)),
         Case("rms_norm", rms_norm, rms_norm_ref, (rows, (_C,))),
         Case("add_rms_norm", add_rms_norm, add_rms_norm_ref, (rows, rows)),
         Case("rotary", *_bound(rotary, rotary_ref, **angles), (head, head)),

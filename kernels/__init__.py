@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kernels.cross_entropy import CHUNKS, linear_cross_entropy, linear_cross_entropy_ref
+from kernels.embedding import embedding, embedding_ref
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
 from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -21,6 +22,7 @@ class Operators(NamedTuple):
     """What the model calls; signatures are those of the functions named alike in this package."""
 
     name: str
+    embedding: Callable
     rms_norm: Callable
     add_rms_norm: Callable
     rotary_qk_norm: Callable
@@ -31,6 +33,7 @@ class Operators(NamedTuple):
 _OPERATORS = {
     "triton": Operators(
         name="triton",
+        embedding=embedding,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rotary_qk_norm=rotary_qk_norm,
@@ -40,6 +43,7 @@ _OPERATORS = {
     # Plain PyTorch, which Inductor may fuse as it likes: the rival that users have for free.
     "reference": Operators(
         name="reference",
+        embedding=embedding_ref,
         rms_norm=rms_norm_ref,
         add_rms_norm=add_rms_norm_ref,
         rotary_qk_norm=rotary_qk_norm_ref,

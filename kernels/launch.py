@@ -18,7 +18,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 
 _FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TRITON_TYPES = _FLOATS | {torch.int64: "i64", torch.uint8: "u8"}
+_TRITON_TYPES = _FLOATS | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def runs_kernel(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ REGENERATE = "run `python -m bench.aot --write` and look at what changed"
 # Most bytes a thread where any may spill: before its loop, once, so that two programs fit on an SM
 # (kernels/newton_schulz.py).
 SPILLS = {"newton_schulz polynomial": 128, "newton_schulz polynomial first": 128}
-OPERATORS = ("rms_norm", "rotary", "qk_norm", "squared_relu", "mlp")
+OPERATORS = ("embedding", "rms_norm", "rotary", "qk_norm", "squared_relu", "mlp")
 
 
 def run_python(*arguments: str, **env: str) -> str:

@@ -9,7 +9,13 @@ from itertools import count, permutations
 import pytest
 import torch
 
-from bench import test_cross_entropy, test_newton_schulz, test_qk_norm, test_rms_norm
+from bench import (
+    test_cross_entropy,
+    test_embedding,
+    test_newton_schulz,
+    test_qk_norm,
+    test_rms_norm,
+)
 from bench.case import BACKWARD, BOTH, FORWARD, Buffers, Case, again_and_again, sizes, stages
 from bench.check import Check, error_ratio
 from bench.suite import speed
@@ -54,6 +60,8 @@ def test_least_work_at_d20():
     logits = test_cross_entropy.logits_case(D20).cost[FORWARD]
     rows = chunk_rows(65536, CHUNKS)
     assert logits == Cost(bytes=4 * rows * 65536, special_functions=4.5 * rows * 65536)
+    embedding = test_embedding.case(D20).cost
+    assert embedding[BACKWARD].bytes == 2 * 65536 * 1280 * 2
     norm = test_rms_norm.case("add_rms_norm", D20).cost
     assert norm[BOTH].bytes == norm[FORWARD].bytes + norm[BACKWARD].bytes == 8 * 65536 * 1280 * 2
 
