@@ -193,7 +193,7 @@ class Embedding(nn.Embedding):
         self.config, self.ops = config, ops
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.ops.rms_norm(super().forward(input), eps=self.config.norm_eps)
+        return self.ops.rms_norm(self.ops.embedding(input, self.weight), eps=self.config.norm_eps)
 
 
 class Head(nn.Module):

@@ -37,6 +37,9 @@ ACTIVATIONS = (
     else {"_squared_relu_fwd_kernel": LAYERS, "_squared_relu_bwd_kernel": LAYERS}
 )
 KERNELS = {
+    "_embedding_bwd_rows_kernel": 1,
+    "_embedding_bwd_pieces_kernel": 1,
+    "_embedding_bwd_long_rows_kernel": 1,
     "_rms_norm_fwd_kernel": NORMS,
     "_rms_norm_bwd_kernel": NORMS,
     "_rotary_qk_norm_fwd_kernel": LAYERS,
@@ -47,6 +50,8 @@ KERNELS = {
     "_scale_kernel": 2,
 }
 OPERATORS = {
+    "embedding": 1,
+    "embedding_bwd": 1,
     "rms_norm": 1,
     "add_rms_norm": NORMS - 1,
     "rms_norm_bwd": NORMS,
@@ -75,6 +80,7 @@ BACKWARD_GRAPH = {
 MOVES_NOTHING = re.compile(r"getitem|aten\.(t|view|_unsafe_view|transpose|slice|detach|alias)\b")
 # Kernels of the model without ours: PyTorch's own, and those that Inductor makes of its parts.
 REPLACED = {
+    "embedding's gradient": "compute_grad_weight|sum_and_scatter|embedding_backward",
     "norm": "rsqrt",
     "softcap": "tanh",
     "softmax": "SoftMax|log_softmax",
@@ -128,7 +134,9 @@ def test_model_is_made_of_our_operators():
         step(model)
     ours = {n.removeprefix("gptfast."): c for n, c in seen.counts.items() if "gptfast" in n}
     assert ours == OPERATORS
-    replaced = re.compile(r"rsqrt|tanh|softmax|nll_loss|cross_entropy|relu|threshold|stack|mean")
+    replaced = re.compile(
+        r"rsqrt|tanh|softmax|nll_loss|cross_entropy|relu|threshold|stack|mean|embedding_"
+    )
     aten = [n for n in seen.counts if "aten" in n and "scaled_dot_product" not in n]
     assert [n for n in aten if replaced.search(n)] == []
     assert seen.counts["aten.cat"] == LAYERS
