@@ -196,6 +196,7 @@ def test_kernels_without_operators_still_find_rows():
             "_rms_norm_bwd_kernel",
             "_nesterov_kernel",
             "_add_update_kernel",
+            "_embedding_bwd_rows_kernel",
             "ncclDevKernel_AllReduce_Sum_f32_RING_LL",
             "something_entirely_new",
         ):
@@ -208,6 +209,7 @@ def test_kernels_without_operators_still_find_rows():
         (ATTENTION, "backward"): pytest.approx(0.6),
         (MEMORY, "rms_norm_bwd"): pytest.approx(0.6),
         (OPTIMIZER_GROUP, MUON_ELEMENTWISE): pytest.approx(1.2),
+        (MEMORY, "embedding, backward"): pytest.approx(0.6),
         (COMMUNICATION, "all-reduce"): pytest.approx(0.6),
         (ELSE, "something_entirely_new, forward"): pytest.approx(0.6),
         (GAPS, HOST_LATE): 0.0,
@@ -272,6 +274,34 @@ def test_a_fused_product_is_the_layers_row():
         "mlp projection, input gradient": pytest.approx(1.4),
     }
     assert all(row.flops == 2 * M * C * 4 * C for row in products)
+
+
+def test_the_embedding_is_a_row_each_way():
+    """Its lookup within our operator, and all that its backward launches: the sort, too."""
+    trace = FakeTrace()
+    ids, grad = [32, 2048], [32, 2048, C]
+    with trace.step(0):
+        with (
+            trace.op("gptfast::embedding", [ids, [V, C]], [], ["int", BF16]),
+            trace.op("aten::embedding", [[V, C], ids], [], [BF16, "int"]),
+        ):
+            trace.kernel("void at::native::vectorized_gather_kernel<16, int>", 80)
+        with (
+            trace.backward("GeneratedBackwardFor_gptfast_embedding_defaultBackward"),
+            trace.op("gptfast::embedding_bwd", [grad, ids, []], [], [BF16, "int", "Scalar"]),
+        ):
+            with trace.op("aten::sort"):
+                trace.kernel("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<>", 40)
+            with trace.op("aten::searchsorted"):
+                trace.kernel("void at::native::searchsorted_cuda_kernel<int, int>", 5)
+            for kernel, us in (("pieces", 20), ("long_rows", 10), ("rows", 70)):
+                trace.kernel(f"_embedding_bwd_{kernel}_kernel", us)
+    found = build(stretch(trace.json()), JOB, "NVIDIA H200", CEILINGS)
+    memory = {row.name: (row.ms, row.bytes) for row in found.rows if row.group == MEMORY}
+    assert memory == {
+        "embedding, forward": (pytest.approx(0.08), 2 * 2 * M * C),
+        "embedding, backward": (pytest.approx(0.145), 2 * (M + V) * C),
+    }
 
 
 def test_known_costs_of_the_model():

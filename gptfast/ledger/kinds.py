@@ -279,6 +279,13 @@ def _sharding(event: Event, job: Job) -> Kind | None:
 
 def _operator(event: Event, job: Job) -> Kind | None:
     """Our operators by name, the embedding, and the adding up of micro-steps' gradients."""
+    # Ours, whose lookup is PyTorch's own; its backward's sort is in the row too.
+    op = event.within("gptfast::embedding") or event.within("aten::embedding")
+    if op is not None:
+        # A row is read and written for each token; backward, a token's read and a word's written.
+        C, V, M = job.config.n_embd, job.config.vocab_size, job.tokens
+        moved = 2 * (M * C + (V * C if event.phase == BACKWARD else M * C))
+        return Kind(MEMORY, f"embedding, {event.phase}", bytes=moved, call=op.number)
     op = event.within("gptfast::")
     if op is not None:
         name, tokens = op.name.removeprefix("gptfast::"), job.tokens
@@ -288,12 +295,10 @@ def _operator(event: Event, job: Job) -> Kind | None:
         else:
             moved = operator_bytes(op)
         return Kind(MEMORY, name, bytes=moved, call=op.number)
+    if event.name in _jit_functions("embedding"):
+        return Kind(MEMORY, f"embedding, {BACKWARD}")
     if event.name in _jit_functions():
         return Kind(MEMORY, event.name.strip("_").removesuffix("_kernel"))
-    if op := event.within("aten::embedding"):
-        C, V, M = job.config.n_embd, job.config.vocab_size, job.tokens
-        moved = 2 * (M * C + (V * C if event.phase == BACKWARD else M * C))
-        return Kind(MEMORY, f"embedding, {event.phase}", bytes=moved, call=op.number)
     if event.within("torch::autograd::AccumulateGrad"):
         return Kind(MEMORY, "gradients added up")
     return None
