@@ -84,14 +84,16 @@ def kernel_cases(device: torch.device) -> list[Case]:
         ),
         Case(
             "nesterov",
-            *(_moved_average(f) for f in _bound(nesterov, nesterov_ref, **last)),
+            _moved_average(partial(nesterov, **last)),
+            _moved_average(partial(nesterov_ref, **last)),
             (matrices, matrices),
             backward=False,
             dtype=torch.float32,
         ),
         Case(
             "add_update",
-            *(_updated(f) for f in _bound(add_update, add_update_ref, alpha=-0.02)),
+            _updated(partial(add_update, alpha=-0.02)),
+            _updated(partial(add_update_ref, alpha=-0.02)),
             (matrices, matrices),
             backward=False,
             dtype=torch.float32,

@@ -50,7 +50,7 @@ def nesterov_ref(
 
 def add_update_ref(weights: Sequence[Tensor], update: Tensor, alpha: float) -> None:
     """`add_update` in plain PyTorch."""
-    torch._foreach_add_(weights, update.unbind(), alpha=alpha)
+    torch._foreach_add_(tuple(weights), update.unbind(), alpha=alpha)
 
 
 @triton.jit
