@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.attention import attention
+from gptfast.few_rows import FewRowsStep, supports
 from gptfast.kv_cache import KVCache
 from gptfast.model import GPT, BlockWeights, GPTConfig, block_forward
 from kernels import Operators, operators
@@ -34,11 +35,15 @@ class CachedGPT:
         model: plain (not sharded, not compiled); it is not changed. Its parameters may change in
             place between calls: `refresh` then renews the one copy that is kept, of q, k and v
             side by side.
+        few_rows: decode with hand-written kernels (gptfast/few_rows.py) where they take the model
+            and the number of rows; see `decodes_by`.
         compile: such as INDUCTOR: makes decoding faster; None runs it as it is. Compiled blocks
             decode with the operators in plain PyTorch, which can be fused with their surroundings.
     """
 
-    def __init__(self, model: GPT, *, compile: Callable | None = None) -> None:
+    def __init__(
+        self, model: GPT, *, compile: Callable | None = None, few_rows: bool = False
+    ) -> None:
         self.model, self.config = model, model.config
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.context = len(model.cos)
@@ -49,6 +54,8 @@ class CachedGPT:
         self.weights = [
             BlockWeights(*(weight.detach() for weight in block.weights())) for block in model.blocks
         ]
+        self._few_rows = few_rows
+        self._few_rows_steps: dict[int, FewRowsStep] = {}
         self._decode_head = model.lm_head
         self._decode_block = partial(_decode_block, self.config, self.ops, cached_attention)
         self._compiled = compile is not None
@@ -93,6 +100,17 @@ class CachedGPT:
         """fp32 logits (N, V) behind each of N tokens, residual and branch (N, C)."""
         return self.model.lm_head(residual[None], branch[None])[0]
 
+    def decodes_by(self, rows: int) -> str:
+        """Who decodes so many rows: "kernels", "compiled" or "operators"."""
+        if self._few_rows and supports(self.config, rows):
+            return "kernels"
+        return "compiled" if self._compiled else "operators"
+
+    def _few_rows_step(self, rows: int) -> FewRowsStep:
+        if rows not in self._few_rows_steps:
+            self._few_rows_steps[rows] = FewRowsStep(self.model, self.weights, rows)
+        return self._few_rows_steps[rows]
+
     @torch.no_grad()
     def decode(self, cache: KVCache, ids: Tensor, positions: Tensor, length: int) -> Tensor:
         """Run one token of each of the cache's first B rows.
@@ -101,6 +119,9 @@ class CachedGPT:
         beyond the largest position, is how much of the cache is read. Returns fp32 logits (B, V).
         """
         self._check(cache, length)
+        if self.decodes_by(len(ids)) == "kernels":
+            with torch.cuda.device_of(ids):
+                return self._few_rows_step(len(ids))(cache, ids, positions, length)
         cos, sin = self.model.cos[positions], self.model.sin[positions]
         residual = self.model.transformer["wte"](ids[None])
         branch = torch.zeros_like(residual)

@@ -62,7 +62,9 @@ class Engine:
         self.compiled = on_gpu if compiled is None else compiled
         if self.compiled and not on_gpu:
             raise UserError(f"compiled decoding needs a CUDA GPU; the model is on {self.device}")
-        self.model = CachedGPT(model, compile=INDUCTOR if self.compiled else None)
+        self.model = CachedGPT(
+            model, compile=INDUCTOR if self.compiled else None, few_rows=self.compiled
+        )
         self.context = self.model.context
         # How many steps may be on their way when the host reads the first of them.
         self.lag = 1 if on_gpu else 0

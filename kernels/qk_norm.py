@@ -60,7 +60,7 @@ def rotary_qk_norm_ref(
 
 
 @triton.jit
-def _rotate_and_norm(x1, x2, cos, sin, eps, HALF: tl.constexpr):
+def rotate_and_norm(x1, x2, cos, sin, eps, HALF: tl.constexpr):
     """(y1, y2, rstd) of heads given by their halves; rstd (heads, 1)."""
     z1 = x1 * cos + x2 * sin
     z2 = x2 * cos - x1 * sin
@@ -70,7 +70,7 @@ def _rotate_and_norm(x1, x2, cos, sin, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _undo_norm_and_rotation(dy1, dy2, y1, y2, rstd, cos, sin, HALF: tl.constexpr):
-    """Gradient of the halves that `_rotate_and_norm` was given."""
+    """Gradient of the halves that `rotate_and_norm` was given."""
     # rstd first: loaded with the rest, not when the sum is known.
     dy1 *= rstd
     dy2 *= rstd
@@ -107,8 +107,8 @@ def _rotary_qk_norm_fwd_kernel(
     q1, q2 = load_heads(row, D, 1, H, HALF, BLOCK_H, BLOCK_D)
     k1, k2 = load_heads(row + H * D, D, 1, HKV, HALF, BLOCK_HKV, BLOCK_D)
     eps = tl.cast(eps, tl.float32)
-    q1, q2, q_rstd = _rotate_and_norm(q1, q2, cos, sin, eps, HALF)
-    k1, k2, k_rstd = _rotate_and_norm(k1, k2, cos, sin, eps, HALF)
+    q1, q2, q_rstd = rotate_and_norm(q1, q2, cos, sin, eps, HALF)
+    k1, k2, k_rstd = rotate_and_norm(k1, k2, cos, sin, eps, HALF)
     store_heads(q_ptr + token * (H * D), q1, q2, H, HALF, BLOCK_H, BLOCK_D)
     store_heads(k_ptr + token * (HKV * D), k1, k2, HKV, HALF, BLOCK_HKV, BLOCK_D)
     q_heads = tl.arange(0, BLOCK_H)[:, None]
