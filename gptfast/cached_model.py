@@ -136,13 +136,23 @@ class CachedGPT:
             )
         return self._decode_head(residual, branch)[0]
 
+    @torch.no_grad()
+    def step(
+        self, cache: KVCache, fed: Tensor, sampled: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """`decode` of fed (2, B) int64, ids and positions: an id below 0 stands for the row's
+        token in sampled (B,). Returns logits (B, V) and the likeliest token of each (B,)."""
+        known, positions = fed
+        logits = self.decode(cache, torch.where(known < 0, sampled, known), positions, length)
+        return logits, logits.argmax(-1)
+
     def _check(self, cache: KVCache, end: int) -> None:
         if end > cache.length:
             raise ValueError(f"{end} positions, but the cache holds {cache.length}")
 
 
 class GraphedDecode:
-    """`CachedGPT.decode` over one cache as CUDA graphs, one for each number of rows and length.
+    """`CachedGPT.step` over one cache as CUDA graphs, one for each number of rows and length.
 
     The result is overwritten by the next call. A graph is captured when it is first needed; what
     runs before the capture writes the same keys and values as the step itself.
@@ -150,25 +160,26 @@ class GraphedDecode:
 
     def __init__(self, model: CachedGPT, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self._ids, self._positions = torch.zeros(
-            2, cache.rows, dtype=torch.int64, device=model.device
-        )
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._fed = torch.zeros(2, cache.rows, dtype=torch.int64, device=model.device)
+        self._sampled = torch.zeros_like(self._fed[0])
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        rows = len(ids)
-        self._ids[:rows], self._positions[:rows] = ids, positions
+    def __call__(self, fed: Tensor, sampled: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        rows = len(sampled)
+        self._fed[:, :rows], self._sampled[:rows] = fed, sampled
         if (rows, length) not in self._graphs:
             with torch.cuda.device(self.model.device):
                 self._graphs[rows, length] = self._capture(rows, length)
-        graph, logits = self._graphs[rows, length]
+        graph, results = self._graphs[rows, length]
         graph.replay()
-        return logits
+        return results
 
-    def _capture(self, rows: int, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(
+        self, rows: int, length: int
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         step = partial(
-            self.model.decode, self.cache, self._ids[:rows], self._positions[:rows], length
+            self.model.step, self.cache, self._fed[:, :rows], self._sampled[:rows], length
         )
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
@@ -182,8 +193,8 @@ class GraphedDecode:
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as a loader's, may go on using the GPU.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = step()
-        return graph, logits
+            results = step()
+        return graph, results
 
 
 def _decode_block(

@@ -197,7 +197,7 @@ class Engine:
         del idle
         if not self.compiled:
             cache = self.model.new_cache(slots, length)
-            decode = partial(self.model.decode, cache)
+            decode = partial(self.model.step, cache)
             return Workspace(self.model, cache, decode, read_chunk=1, all_rows=False)
         cache = self.model.new_cache(slots, length + -length % READ_CHUNK)
         decode = GraphedDecode(self.model, cache)

@@ -122,8 +122,8 @@ class Workspace(NamedTuple):
 
     model: CachedGPT
     cache: KVCache
-    # (ids, positions, length) -> logits, as CachedGPT.decode.
-    decode: Callable[[Tensor, Tensor, int], Tensor]
+    # (fed, sampled, length) -> (logits, likeliest tokens), as CachedGPT.step.
+    decode: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     # `length` is a multiple of this.
     read_chunk: int
     # Whether every step is of all rows, as each number of them is a compilation.
@@ -200,7 +200,7 @@ class Generation:
         chunk = self.workspace.read_chunk
         if self.workspace.all_rows:
             for length in range(chunk, self.cache.length + 1, chunk):
-                self.workspace.decode(zeros, zeros, length)
+                self.workspace.decode(torch.stack((zeros, zeros)), zeros, length)
         for count, sampling in ((1, Sampling(0)), (len(self.slots), Sampling(1.0, top_k=50))):
             for index in range(count):
                 self.add(index, Request([index % 256], 2, sampling, seed=0, stop=frozenset()))
@@ -274,14 +274,18 @@ class Generation:
                 rows.pop()
         # An idle slot writes over its own beginning, which nobody reads again.
         fed = [(0, 0) if row is None else row.feed() for row in rows]
-        known, positions = self._upload([list(column) for column in zip(*fed)])
-        ids = torch.where(known < 0, self.sampled[: len(rows)], known)
         length = 1 + max(position for _, position in fed)
         length += -length % self.workspace.read_chunk
         behind = [position + 1 for _, position in fed]
-        logits = self.workspace.decode(ids, positions, length)
-        sampled = self._sample(logits, rows, behind)
-        self.sampled = torch.cat((sampled, self.sampled[len(rows) :]))
+        every = len(rows) == len(self.slots)
+        logits, sampled = self.workspace.decode(
+            self._upload(list(zip(*fed))),
+            self.sampled if every else self.sampled[: len(rows)],
+            length,
+        )
+        if not all(row is None or row.sampling.greedy for row in rows):
+            sampled = self._sample(logits, rows, behind)
+        self.sampled = sampled if every else torch.cat((sampled, self.sampled[len(rows) :]))
         self._steps_since_prefill += 1
         return Launch(rows, behind, Download(sampled))
 

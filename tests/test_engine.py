@@ -360,9 +360,13 @@ def test_graphs_repeat_the_step_they_captured():
     cached = CachedGPT(model, compile=partial(torch.compile, fullgraph=True, dynamic=False))
     cache = cached.new_cache(2, 256)
     decode = GraphedDecode(cached, cache)
-    ids = torch.tensor([3, 4], device="cuda")
+    ids, sampled = torch.tensor([[3, 4], [0, 4]], device="cuda")
     for length in (128, 256, 128):
         for position in range(4):
             positions = torch.tensor([position, 0], device="cuda")
             want = cached.decode(cache, ids, positions, length)
-            torch.testing.assert_close(decode(ids, positions, length), want, atol=1e-5, rtol=1e-5)
+            # The second token is the one sampled last.
+            fed = torch.stack((torch.tensor([3, -1], device="cuda"), positions))
+            logits, likeliest = decode(fed, sampled, length)
+            torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+            assert torch.equal(likeliest, logits.argmax(-1))

@@ -45,7 +45,7 @@ def opened(model=None, *, slots=4, length=80, as_on_gpu=False) -> Generation:
         cached = engine.model
         cache = cached.new_cache(slots, length)
         engine.lag, engine.patience = 1, PATIENCE
-        engine._idle = Workspace(cached, cache, partial(cached.decode, cache), 16, all_rows=True)
+        engine._idle = Workspace(cached, cache, partial(cached.step, cache), 16, all_rows=True)
     return engine.open(slots, length)
 
 
