@@ -11,8 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.cached_attention import AttentionScratch, attend_to_cache, attend_to_cache_ref
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.embedding import SPLIT, embedding, embedding_ref
+from kernels.few_rows import (
+    few_rows_product,
+    few_rows_product_ref,
+    product_config,
+    supports_pdl,
+)
+from kernels.launch import runs_kernel
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.muon import add_update, add_update_ref, nesterov, nesterov_ref
 from kernels.newton_schulz import newton_schulz, newton_schulz_ref
@@ -60,6 +68,9 @@ def kernel_cases(device: torch.device) -> list[Case]:
     # One word is every other token, in several parts of the sum; others are a few, or none.
     numbers = torch.arange(6 * SPLIT, device=device)
     ids = numbers % 2 * numbers % _V
+    # One row's new token comes after all others, one's among the first.
+    cached = {**angles, "positions": torch.tensor([_T - 1, 3], device=device), "n_head": _H}
+    cache = (2, _T, _H, _D)
     return [
         Case("embedding", partial(embedding, ids), partial(embedding_ref, ids), ((_V, _C),)),
         Case("rms_norm", rms_norm, rms_norm_ref, (rows, (_C,))),
@@ -97,6 +108,20 @@ def kernel_cases(device: torch.device) -> list[Case]:
             (matrices, matrices),
             backward=False,
             dtype=torch.float32,
+        ),
+        Case(
+            "few_rows_product",
+            _few_rows_product,
+            _few_rows_product_ref,
+            ((2, 80), (2, 80), (_V, 80)),
+            backward=False,
+        ),
+        Case(
+            "attend_to_cache",
+            partial(_attend_to_cache, **cached),
+            partial(_attend_to_cache_ref, **cached),
+            ((2, 3 * _H * _D), cache, cache),
+            backward=False,
         ),
     ]
 
@@ -168,3 +193,34 @@ def _updated(op: Callable) -> Callable:
         return weights
 
     return run
+
+
+def _few_rows_product_ref(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    options = {"norm": True, "activation": "squared_relu"}
+    return few_rows_product_ref(x, weight, branch=branch, **options)
+
+
+def _few_rows_product(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`few_rows_product`, which writes to what it is given, as a function of tensors."""
+    if not runs_kernel(x):
+        return _few_rows_product_ref(x, branch, weight)
+    total, out = torch.empty_like(x), x.new_empty(len(x), len(weight))
+    config, pdl = product_config("mlp_fc", len(x)), supports_pdl(x.device)
+    options = {"branch": branch, "total": total, "activation": "squared_relu"}
+    few_rows_product(x, weight, out, config=config, pdl=pdl, first=True, **options)
+    return total, out
+
+
+def _attend_to_cache_ref(qkv: Tensor, keys: Tensor, values: Tensor, **fixed) -> tuple[Tensor, ...]:
+    keys, values = keys.clone(), values.clone()
+    return attend_to_cache_ref(qkv, keys=keys, values=values, **fixed), keys, values
+
+
+def _attend_to_cache(qkv: Tensor, keys: Tensor, values: Tensor, **fixed) -> tuple[Tensor, ...]:
+    """`attend_to_cache` in the same way."""
+    if not runs_kernel(qkv):
+        return _attend_to_cache_ref(qkv, keys, values, **fixed)
+    keys, values, y = keys.clone(), values.clone(), qkv.new_empty(len(qkv), _H * _D)
+    scratch = AttentionScratch(len(qkv), _H, _D, qkv.device)
+    attend_to_cache(qkv, keys=keys, values=values, y=y, scratch=scratch, pdl=False, **fixed)
+    return y, keys, values

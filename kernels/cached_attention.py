@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import wait_for_predecessor
-from kernels.launch import FUSED_MULTIPLY_ADD, AotCase
+from kernels.launch import FUSED_MULTIPLY_ADD, AotCase, upcast
 from kernels.qk_norm import rotary_qk_norm_ref, rotate_and_norm
 from kernels.rms_norm import EPS
 
@@ -57,8 +57,8 @@ def attend_to_cache_ref(
     rows = torch.arange(len(qkv), device=qkv.device)
     keys[rows, positions], values[rows, positions] = k[0], v[0]
     group = n_head // keys.shape[2]
-    k, v = (x.repeat_interleave(group, 2).float() for x in (keys, values))
-    scores = torch.einsum("rhd,rthd->rht", q[0].float(), k) / q.shape[-1] ** 0.5
+    k, v = (upcast(x.repeat_interleave(group, 2)) for x in (keys, values))
+    scores = torch.einsum("rhd,rthd->rht", upcast(q[0]), k) / q.shape[-1] ** 0.5
     hidden = torch.arange(keys.shape[1], device=qkv.device) > positions[:, None]
     weight = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
     return torch.einsum("rht,rthd->rhd", weight, v).flatten(1).to(qkv.dtype)

@@ -1,0 +1,46 @@
+"""Sharding units: what gathers and reduces together changes nothing of what is computed."""
+
+import pytest
+import torch
+
+from gptfast import parallel
+from gptfast.model import GPT, GPTConfig
+
+CONFIG = GPTConfig(sequence_len=8, vocab_size=37, n_layer=3, n_head=2, n_kv_head=2, n_embd=16)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reshard", "blocks"), [(1, False, 10), (2, False, 1), (1, True, 1)]
+)
+def test_units_are_large_where_that_costs_little(nodes, reshard, blocks):
+    assert parallel.blocks_per_unit(nodes, reshard_after_forward=reshard) == blocks
+
+
+@pytest.mark.parametrize(("blocks", "units"), [(1, 5), (2, 4), (10, 3)])
+def test_a_step_in_units_of_several_blocks(monkeypatch, blocks, units):
+    monkeypatch.setattr(parallel, "BLOCKS_PER_UNIT", blocks)
+    ids = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
+    with parallel.start(cpu=True) as world:
+        sharded = parallel.build_sharded(
+            lambda: GPT(CONFIG),
+            world,
+            compute_dtype=torch.float32,
+            reshard_after_forward=False,
+            compile_blocks=False,
+            seed=1,
+        )
+        states = {id(m._get_fsdp_state()) for m in sharded.modules() if hasattr(m, "unshard")}
+        # Embedding, blocks, head; and the root, with no parameters of its own.
+        assert len(states) == units + 1
+        plain = parallel.gather_replica(sharded, GPT(CONFIG))
+        # Two passes, of which the second reduces what both add up to.
+        for last in (False, True):
+            parallel.synchronise_gradients(sharded, last)
+            losses = [model(ids[:, :-1], ids[:, 1:]) for model in (sharded, plain)]
+            assert losses[0] == losses[1]
+            for loss in losses:
+                loss.backward()
+        expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+        for name, parameter in sharded.named_parameters():
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected[name])
+            assert parameter.grad.full_tensor().any() == expected[name].any()
