@@ -204,7 +204,8 @@ def shard(
     units: list[list[nn.Module]] = [[model.transformer["wte"]]]
     for at in range(0, len(model.blocks), step):
         units.append([*model.blocks[at : at + step]])
-    units += [[model.lm_head], [model]]
+    units.append([model.lm_head])
+    units.append([model])
     for unit in units:
         fully_shard(
             unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
