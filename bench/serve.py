@@ -4,13 +4,14 @@
     python -m bench.serve --source runs/sft-d20
 
 First the engine alone, in this process: a full batch of requests from their first tokens to their
-last, sampled as those of the server are. Then the server, its engine in a process of its own as
-always, and as many clients as the batch had rows (bench/serve_load.py, another process), each with
-a request after the other. The last line is JSON.
+last, with prompts as long, and sampled as those of the server are. Then the server, its engine in a
+process of its own as always, and as many clients as the batch had rows (bench/serve_load.py,
+another process), each with a request after the other. The last line is JSON.
 """
 
 import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tyro
 
 from bench.marks import Mark
 from bench.report import environment
+from bench.serve_load import some_text
 from bench.test_engine import some_tokenizer
 from gptfast.engine import Engine
 from gptfast.evaluate.loading import Placement, find_checkpoint, random_model
@@ -136,6 +138,7 @@ def engine_alone(engine: Engine, settings: Settings) -> float:
 
 def under_load(pool: Pool, tokenizer: Tokenizer, settings: Settings) -> dict:
     """What bench/serve_load.py measures of a server with this pool."""
+    characters = round(settings.prompt_tokens * characters_a_token(tokenizer))
     listener = listen("127.0.0.1", 0)
     server = Server(create_app(pool, tokenizer, name="bench"), pool, shutdown_seconds=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -147,7 +150,7 @@ def under_load(pool: Pool, tokenizer: Tokenizer, settings: Settings) -> dict:
             time.sleep(0.1)
         # Once for what is new to the server too, such as its first long prefill.
         for seconds in (settings.seconds / 10, settings.seconds):
-            result = _load(url(listener), settings, seconds)
+            result = _load(url(listener), settings, characters, seconds)
     finally:
         server.should_exit = True
         thread.join()
@@ -156,9 +159,16 @@ def under_load(pool: Pool, tokenizer: Tokenizer, settings: Settings) -> dict:
     return result
 
 
-def _load(address: str, settings: Settings, seconds: float) -> dict:
-    names = ("streams", "prompt_tokens", "tokens", "temperature", "top_k")
+def characters_a_token(tokenizer: Tokenizer) -> float:
+    """Of the texts that the clients send."""
+    text = some_text(random.Random(0), 10_000)
+    return len(text) / len(tokenizer.encode(text))
+
+
+def _load(address: str, settings: Settings, characters: int, seconds: float) -> dict:
+    names = ("streams", "tokens", "temperature", "top_k")
     flags = [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in names]
+    flags.append(f"--prompt-characters={characters}")
     command = [sys.executable, "-m", "bench.serve_load", address, f"--seconds={seconds}", *flags]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent

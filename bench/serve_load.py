@@ -42,12 +42,17 @@ class Answer:
         return self.tokens * max(0.0, overlap) / max(1e-9, self.last - self.first)
 
 
+def some_text(rng: random.Random, characters: int) -> str:
+    """Letters and spaces."""
+    return "".join(rng.choices(string.ascii_lowercase + "   ", k=characters))
+
+
 @dataclass
 class Load:
     url: str
     streams: int
     seconds: float
-    prompt_tokens: int
+    prompt_characters: int
     tokens: int
     temperature: float
     top_k: int
@@ -62,8 +67,7 @@ class Load:
 
     async def ask(self, rng: random.Random) -> Answer:
         tokens = rng.randint(self.tokens // 2, self.tokens * 3 // 2)
-        # About four characters a token.
-        text = "".join(rng.choices(string.ascii_lowercase + "   ", k=4 * self.prompt_tokens))
+        text = some_text(rng, self.prompt_characters)
         body = {
             "model": "any",
             "messages": [{"role": "user", "content": text}],
@@ -141,7 +145,7 @@ def quantile(values: list[float], q: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("url")
-    for name, default in (("streams", 64), ("seconds", 20.0), ("prompt-tokens", 128)):
+    for name, default in (("streams", 64), ("seconds", 20.0), ("prompt-characters", 512)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     for name, default in (("tokens", 256), ("temperature", 0.8), ("top-k", 50)):
         parser.add_argument(f"--{name}", type=type(default), default=default)

@@ -24,8 +24,6 @@ from kernels import Operators, operators
 INDUCTOR = partial(
     torch.compile, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
 )
-# One compilation a number of rows; torch would refuse the ninth.
-_RECOMPILE_LIMIT = 64
 
 
 class CachedGPT:
@@ -149,52 +147,6 @@ class CachedGPT:
     def _check(self, cache: KVCache, end: int) -> None:
         if end > cache.length:
             raise ValueError(f"{end} positions, but the cache holds {cache.length}")
-
-
-class GraphedDecode:
-    """`CachedGPT.step` over one cache as CUDA graphs, one for each number of rows and length.
-
-    The result is overwritten by the next call. A graph is captured when it is first needed; what
-    runs before the capture writes the same keys and values as the step itself.
-    """
-
-    def __init__(self, model: CachedGPT, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
-        self._fed = torch.zeros(2, cache.rows, dtype=torch.int64, device=model.device)
-        self._sampled = torch.zeros_like(self._fed[0])
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, fed: Tensor, sampled: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        rows = len(sampled)
-        self._fed[:, :rows], self._sampled[:rows] = fed, sampled
-        if (rows, length) not in self._graphs:
-            with torch.cuda.device(self.model.device):
-                self._graphs[rows, length] = self._capture(rows, length)
-        graph, results = self._graphs[rows, length]
-        graph.replay()
-        return results
-
-    def _capture(
-        self, rows: int, length: int
-    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-        step = partial(
-            self.model.step, self.cache, self._fed[:, :rows], self._sampled[:rows], length
-        )
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with (
-            torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
-            torch.cuda.stream(side),
-        ):
-            for _ in range(2):
-                step()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader's, may go on using the GPU.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = step()
-        return graph, results
 
 
 def _decode_block(

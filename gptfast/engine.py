@@ -12,10 +12,11 @@ from functools import partial
 
 import torch
 
-from gptfast.cached_model import INDUCTOR, CachedGPT, GraphedDecode
+from gptfast.cached_model import INDUCTOR, CachedGPT
 from gptfast.calculator import calculate
 from gptfast.errors import UserError
 from gptfast.generation import Generation, Request, Token, Workspace
+from gptfast.graphs import GraphedDecode, GraphedPrefill
 from gptfast.model import GPT
 from gptfast.sampling import Sampling
 from gptfast.tokenizer import BOS, Tokenizer
@@ -197,11 +198,23 @@ class Engine:
         del idle
         if not self.compiled:
             cache = self.model.new_cache(slots, length)
-            decode = partial(self.model.step, cache)
-            return Workspace(self.model, cache, decode, read_chunk=1, all_rows=False)
+            return Workspace(
+                *(self.model, cache, partial(self.model.prefill, cache)),
+                *(partial(self.model.step, cache), _nothing),
+                read_chunk=1,
+                all_rows=False,
+            )
         cache = self.model.new_cache(slots, length + -length % READ_CHUNK)
-        decode = GraphedDecode(self.model, cache)
-        return Workspace(self.model, cache, decode, read_chunk=READ_CHUNK, all_rows=True)
+        prefill, decode = GraphedPrefill(self.model, cache), GraphedDecode(self.model, cache)
+        return Workspace(
+            *(self.model, cache, prefill, decode, prefill.capture),
+            read_chunk=READ_CHUNK,
+            all_rows=True,
+        )
+
+
+def _nothing() -> None:
+    """Nothing has to be captured."""
 
 
 class TextStream:

@@ -122,8 +122,12 @@ class Workspace(NamedTuple):
 
     model: CachedGPT
     cache: KVCache
+    # (rows, ids) -> (residual, branch), as CachedGPT.prefill from the first position on.
+    prefill: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     # (fed, sampled, length) -> (logits, likeliest tokens), as CachedGPT.step.
     decode: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    # Has prefills captured that are likely to come.
+    capture: Callable[[], None]
     # `length` is a multiple of this.
     read_chunk: int
     # Whether every step is of all rows, as each number of them is a compilation.
@@ -198,6 +202,7 @@ class Generation:
         Between sequences only, as it writes to all slots."""
         zeros = torch.zeros_like(self.sampled)
         chunk = self.workspace.read_chunk
+        self.workspace.capture()
         if self.workspace.all_rows:
             for length in range(chunk, self.cache.length + 1, chunk):
                 self.workspace.decode(torch.stack((zeros, zeros)), zeros, length)
@@ -257,8 +262,8 @@ class Generation:
         padded = min(longest + -longest % PREFILL_MULTIPLE, self.cache.length, self.model.context)
         ids = self._upload([[*prompt, *[0] * (padded - len(prompt))] for prompt in prompts])
         rows = self._upload(slots)
-        start, ends = 0, ()
-        for start in range(0, longest, chunk):
+        start, ends = 0, self.workspace.prefill(rows, ids[:, :chunk])
+        for start in range(chunk, longest, chunk):
             ends = self.model.prefill(self.cache, rows, ids[:, start : start + chunk], start=start)
         at = self._upload([len(prompt) - 1 - start for prompt in prompts])
         everyone = torch.arange(len(prompts), device=at.device)

@@ -24,7 +24,8 @@ def test_a_toy():
     assert served["answers"] >= served["streams"] == 4
     assert 6 <= served["answer_tokens"] <= 18
     # 4 characters a token, and what a conversation adds.
-    assert 16 <= served["prompt_tokens"] <= 8 * 4 + 4
+    # And those of the conversation around it.
+    assert 8 <= served["prompt_tokens"] <= 8 + 6
     assert 0 < served["tokens_per_s"] < 2 * result["engine_tokens_per_s"]
     assert result["share"] == served["tokens_per_s"] / result["engine_tokens_per_s"]
     first = served["first_ms"]

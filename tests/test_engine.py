@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gptfast.cached_model import CachedGPT, GraphedDecode, cached_attention, fused_attention
+from gptfast.cached_model import CachedGPT, cached_attention, fused_attention
 from gptfast.engine import Engine, TextStream
 from gptfast.errors import UserError
+from gptfast.graphs import GraphedDecode, GraphedPrefill
 from gptfast.kv_cache import KVCache, bytes_per_position
 from gptfast.model import GPT, GPTConfig, generate
 from gptfast.sampling import Sampling, sample
@@ -370,3 +371,19 @@ def test_graphs_repeat_the_step_they_captured():
             logits, likeliest = decode(fed, sampled, length)
             torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
             assert torch.equal(likeliest, logits.argmax(-1))
+
+
+@pytest.mark.gpu
+def test_graphs_repeat_the_prefill_they_captured():
+    cached = CachedGPT(random_model().cuda())
+    caches = [cached.new_cache(4, 512) for _ in range(2)]
+    prefill = GraphedPrefill(cached, caches[0])
+    prefill.capture()
+    for count, length in ((1, 5), (3, 64), (4, 65), (3, 300), (2, 448)):
+        ids = torch.randint(256, (count, length), device="cuda")
+        rows = torch.tensor([3, 1, 0, 2], device="cuda")[:count]
+        want = cached.prefill(caches[1], rows, ids)
+        for found, wanted in zip(prefill(rows, ids), want, strict=True):
+            torch.testing.assert_close(found[:, :length], wanted, atol=1e-5, rtol=1e-5)
+        for a, b in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+            torch.testing.assert_close(a[:, rows, :length], b[:, rows, :length])

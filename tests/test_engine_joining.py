@@ -9,6 +9,7 @@ import torch
 
 from gptfast.engine import PATIENCE, Engine
 from gptfast.generation import Generation, Request, Workspace
+from gptfast.graphs import Captured, GraphedPrefill
 from gptfast.sampling import Sampling, sample
 from tests.engine_cases import (
     BOS,
@@ -39,14 +40,30 @@ def request(prompt=(BOS,), max_tokens=20, sampling=SAMPLINGS[0], seed=0, stop=()
 
 
 def opened(model=None, *, slots=4, length=80, as_on_gpu=False) -> Generation:
-    """as_on_gpu: steps of all rows over a round length, read while the next is on its way."""
+    """as_on_gpu: steps of all rows over a round length, read while the next is on its way, and
+    prefills of shapes that were captured."""
     engine = Engine(model or random_model(), TOKENIZER)
     if as_on_gpu:
         cached = engine.model
         cache = cached.new_cache(slots, length)
         engine.lag, engine.patience = 1, PATIENCE
-        engine._idle = Workspace(cached, cache, partial(cached.step, cache), 16, all_rows=True)
+        prefill = GraphedPrefill(cached, cache, capture=repeated)
+        step = partial(cached.step, cache)
+        engine._idle = Workspace(
+            cached, cache, prefill, step, prefill.capture, read_chunk=16, all_rows=True
+        )
     return engine.open(slots, length)
+
+
+def repeated(step, pool) -> Captured:
+    """As a graph does it: the same call on the same tensors, into the same results."""
+    results = step()
+
+    def replay() -> None:
+        for kept, new in zip(results, step(), strict=True):
+            kept.copy_(new)
+
+    return Captured(replay, results)
 
 
 def finish(generation: Generation, tokens: dict[int, list[int]]) -> None:
@@ -158,6 +175,27 @@ def test_the_end_of_a_request_is_known():
     row = scripted.add(0, request([BOS], 30, stop=[STOP]))
     finish(scripted, tokens)
     assert (row.done, row.stopped) == (True, True)
+
+
+@pytest.mark.parametrize(("count", "longest"), [(1, 3), (3, 64), (3, 65), (4, 70), (2, 79)])
+def test_a_prefill_of_captured_shapes_is_the_prefill_itself(count, longest):
+    """Padded with rows and tokens, or too large for what was captured (64 tokens in 80)."""
+    model = random_model()
+    generations = [opened(model, as_on_gpu=as_on_gpu) for as_on_gpu in (True, False)]
+    generations[0].warm_up()
+    rng = random.Random(count)
+    prompts = [[rng.randrange(256) for _ in range(longest - i)] for i in range(count)]
+    found = []
+    for generation in generations:
+        tokens: dict[int, list[int]] = defaultdict(list)
+        for number, prompt in enumerate(prompts):
+            generation.add(number, request(prompt, max_tokens=1))
+        finish(generation, tokens)
+        found.append(tokens)
+    assert found[0] == found[1]
+    k, other = (generation.cache.k[:, :count] for generation in generations)
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(k[:, row, : len(prompt)], other[:, row, : len(prompt)])
 
 
 @pytest.mark.parametrize("as_on_gpu", [False, True])
