@@ -8,6 +8,7 @@ mathematics. That a package can be imported proves nothing (community FlashAtten
 on sm_120 and die at the first launch).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -222,6 +223,11 @@ def _activate_flash3() -> None:
 def _activate_flash4() -> None:
     # Imported here: it builds CUDA code and takes seconds, and most machines do not have it.
     from flash_attn.cute import interface
+
+    # cutlass-dsl says so of flash-attn-4's own arguments, once for every kernel; they work.
+    warnings.filterwarnings(
+        "ignore", r"Argument aux_data .* cannot be converted to a JitArgument", UserWarning
+    )
 
     _flash4_kernels.update(forward=interface._flash_attn_fwd, backward=interface._flash_attn_bwd)
 
