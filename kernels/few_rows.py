@@ -29,7 +29,7 @@ from kernels.rms_norm import EPS, add_rms_norm_ref
 from kernels.squared_relu import squared_relu_ref
 
 ACTIVATIONS = ("none", "squared_relu", "softcap")
-# More rows are faster as a product of matrices.
+# Sums for more rows would leave no registers for weights that are read ahead.
 MAX_ROWS = 4
 # For each of a model's products: rows of W a program takes, and the warps that share them. Chosen
 # for d20, so that no lane idles (1,280 columns are 5 times the 256 that a warp reads at once, 5,120
