@@ -1,9 +1,9 @@
 """Decoding steps and prefills of one cache as CUDA graphs, launched whole and not kernel by kernel.
 
 d20's prefill launches hundreds of kernels, and of short prompts it is the host that one waits for:
-the first token comes after 21 ms of one prompt of 128 tokens, and after 24 of 64 (H200, 2026-11-22).
-Graphs have fixed shapes, so a prefill is padded to the next that was captured; a server's are,
-before it answers anybody.
+the first token comes after 21 ms of one prompt of 128 tokens, after 24 of 64 such (H200,
+2026-11-22). Graphs have fixed shapes, so a prefill is padded to the next that was captured; a
+server's are, before it answers anybody.
 """
 
 from collections.abc import Callable

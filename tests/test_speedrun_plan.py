@@ -1,9 +1,13 @@
 """The plan of a speedrun and what it is estimated to take, with its figures."""
 
+import importlib
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import tyro
 
 from gptfast.config import preset
 from gptfast.config_chat import mid_preset, sft_preset
@@ -74,7 +78,38 @@ def test_the_toy_needs_no_network_and_names_what_it_leaves_out(tmp_path):
     )  # fmt: skip
     assert plan.missing[0] == ("chat-mid", "MMLU, HumanEval: not in --chat-data")
     assert f"--task-data={tmp_path}" in plan.step("rl").arguments
+    for stage in ("mid", "sft"):
+        assert f"--chat-data={tmp_path}" in plan.step(stage).arguments
     assert f"--bundle={tmp_path}" in plan.step("core").arguments
+
+
+class ParsedError(Exception):
+    """The flags were understood."""
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("folders", [True, False])
+def test_every_step_says_what_its_recipe_understands(folders, offline, gpus, tmp_path, monkeypatch):
+    for name in ("arc", "gsm8k"):
+        (tmp_path / name).mkdir()
+    given: dict = {"data": str(tmp_path), "rl": True, "offline": offline}
+    if folders:
+        given |= {"chat_data": tmp_path, "core_bundle": tmp_path, "tokenizer": tmp_path}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    parse = tyro.cli
+
+    def stop_behind(*arguments, **options):
+        parse(*arguments, **options)
+        raise ParsedError
+
+    monkeypatch.setattr(tyro, "cli", stop_behind)
+    for step in make_plan(SpeedrunSettings(**given), gpus=gpus).steps:
+        monkeypatch.setattr(sys, "argv", [step.script, *step.arguments])
+        recipe = importlib.import_module(step.script.removesuffix(".py").replace("/", "."))
+        # evaluate.py's subcommands are parsed elsewhere, and go on until they miss something.
+        with pytest.raises((ParsedError, UserError)):
+            recipe.main()
 
 
 def test_depth_and_a_steps_own_flags_go_where_they_belong():

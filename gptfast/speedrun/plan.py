@@ -208,9 +208,8 @@ class _Builder:
                 arguments += ["--task=gsm8k", *([f"--task-data={chat}"] if chat else [])]
             else:
                 arguments.append("--task=toy")
-        elif chat and self.on_gpu:
+        elif chat:
             arguments.append(f"--chat-data={chat}")
-            arguments += [f"--accuracy-data={chat}"] if stage == "sft" else []
         elif self.offline and self.on_gpu:
             arguments += ["--train", "embedded", "--val", "embedded"]
             arguments += ["--accuracy-of", "embedded"] if stage == "sft" else []
