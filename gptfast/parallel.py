@@ -23,10 +23,9 @@ from gptfast.exchange import local
 from gptfast.model import GPT
 
 # Blocks of a sharding unit within one node. What a unit gathers and reduces runs beside products,
-# and a product waits for the multiprocessors that a collective has: hiding one costs as long as it
-# takes. A few large ones take less time than many small ones. d20's forward and backward on two
-# H200s, by the same unsharded, in turns: units of 1 block 1.045, of 5 1.033, of 10 1.025, all in
-# one 1.025 for 0.9 GiB more (2026-11-22).
+# and these wait for the multiprocessors that a collective has (bench/did_not_help.md). d20's
+# forward and backward on two H200s, by the same unsharded, in turns: units of 1 block 1.045, of 5
+# 1.033, of 10 1.025, all in one 1.025 for 0.9 GiB more (2026-11-22).
 BLOCKS_PER_UNIT = 10
 
 # Waiting for a node's leader to fetch shards or train a tokenizer is not a hang.

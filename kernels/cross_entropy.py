@@ -140,8 +140,9 @@ def _chunked(
             x_grad or weight_grad,
             None if weights is None else weights[part],
         )
-        # Neither product fills the GPU to its end: beside each other they take 1.2 to 1.9 ms less
-        # of d20's step in 4, 6, 7 or 8 chunks, and no less in 5 (H200, 2026-11-22).
+        # Neither product fills the GPU to its end: beside each other they took 1.2 to 1.9 ms less
+        # of d20's step in 4, 6, 7 or 8 chunks, and no less in 5; on another card, in 4, no less
+        # either (H200s, 2026-11-22).
         if weight_grad:
             with beside:
                 _add_weight_gradient(dw, logits, x[part], first=start == 0)

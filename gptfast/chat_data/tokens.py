@@ -27,7 +27,7 @@ from gptfast.tokenizer import Tokenizer
 _FORMAT = 1
 # Conversations rendered at a time.
 _CHUNK = 256
-# One core renders 7,000 conversations a second (Python 3.11, tiktoken 0.14, 2026-11-22), and other
+# One core renders 5,000 conversations a second (Python 3.11, tiktoken 0.14, 2026-11-22), and other
 # processes, which have PyTorch to import, take several seconds to start.
 _ALONE = 50_000
 
