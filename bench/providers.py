@@ -11,11 +11,12 @@ from torch import Tensor
 from kernels.rms_norm import EPS
 
 OURS = "ours"
+# The cross-entropy in twice as many chunks as the model takes it.
+EIGHT_CHUNKS = "8_chunks"
 EAGER = "eager"
 COMPILE = "compile"
 # PyTorch's own fused operator, where it has one.
 TORCH = "torch"
-# A kernel of ours that the model does not use, as long as it is not faster.
 
 # Provider -> the distribution that it takes, for those that do not come with torch.
 DISTRIBUTIONS = {"liger": "liger-kernel", "quack": "quack-kernels"}

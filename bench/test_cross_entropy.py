@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.case import BOTH, FORWARD, Case, Size, device, rand
-from bench.providers import compiled
+from bench.providers import EIGHT_CHUNKS, compiled
 from bench.timing import Cost, Stages
 from kernels.cross_entropy import (
     CHUNKS,
@@ -73,6 +73,11 @@ def with_softcap(softcap: float | None):
     }
 
 
+def with_gradients(softcap: float):
+    eight = partial(linear_cross_entropy, softcap=softcap, chunks=8)
+    return {**with_softcap(softcap), EIGHT_CHUNKS: lambda: eight}
+
+
 def without_softcap():
     return {**with_softcap(None), "quack": quack, "torch": torch_fused}
 
@@ -112,12 +117,16 @@ def case(name: str, size: Size, softcap: float | None, grad: bool = True) -> Cas
         weight = rand(v, c, grad=grad, scale=SPREAD * c**-0.5)
         return x, weight, likely_targets(x, weight, size.config.softcap)
 
+    if softcap is None:
+        providers = without_softcap()
+    else:
+        providers = with_gradients(softcap) if grad else with_softcap(softcap)
     products = 3 if grad else 1
     return Case(
         name,
         inputs,
         partial(linear_cross_entropy_ref, softcap=softcap, chunks=16),
-        without_softcap() if softcap is None else with_softcap(softcap),
+        providers,
         {BOTH if grad else FORWARD: Cost(flops=2 * products * m * v * c, bytes=2 * 2 * m * v)},
         floors={"products": three_products(softcap)} if grad and softcap is not None else {},
     )
@@ -164,7 +173,7 @@ def logits_case(size: Size) -> Case:
     )
 
 
-@pytest.mark.parametrize("provider", [*with_softcap(1.0), "products"])
+@pytest.mark.parametrize("provider", [*with_gradients(1.0), "products"])
 @pytest.mark.parametrize("direction", [BOTH])
 def test_linear_cross_entropy(bench, size, direction, provider):
     bench(case("linear_cross_entropy", size, size.config.softcap), size, direction, provider)

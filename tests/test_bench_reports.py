@@ -6,7 +6,6 @@ from bench.case import BACKWARD, BOTH, FORWARD
 from bench.conftest import refuse_other_gpu
 from bench.marks import marks
 from bench.report import Row, agreement, chart, compare, read_json, table, timed, write_json
-from kernels.cross_entropy import CHUNKS
 
 
 def row(case, direction, provider, ms, size="d20", **more):
@@ -47,7 +46,8 @@ def test_marks_of_the_other_kernels():
     rows = [
         row("cross_entropy_logits", FORWARD, "ours", 0.7, of_ceiling=0.81),
         row("rotary_qk_norm", BACKWARD, "ours", 0.37),
-        row("linear_cross_entropy", BOTH, "ours", 55.0, peak_gib=2.1, errors={"dweight": 0.004}),
+        row("linear_cross_entropy", BOTH, "ours", 55.0, peak_gib=2.1, errors={"dweight": 0.002}),
+        row("linear_cross_entropy", BOTH, "8_chunks", 56.0, errors={"dweight": 0.004}),
         row("linear_cross_entropy", BOTH, "eager", 99.0, errors={"dweight": 0.003}),
         row("linear_cross_entropy", BOTH, "products", 50.0),
         row("newton_schulz", FORWARD, "ours", 20.0, do_bench_ms=20.4),
@@ -62,7 +62,7 @@ def test_marks_of_the_other_kernels():
         "met     linear_cross_entropy both: peak memory at most 3 GiB -> 2.10 GiB",
         "met     newton_schulz: at least 1.2 x as fast as batched torch.bmm -> "
         "1.300 x (20.00 ms, bmm 26.00 ms)",
-        f"NOT MET linear_cross_entropy, {CHUNKS} chunks: dweight no further from fp32 than "
+        "NOT MET linear_cross_entropy, 8 chunks: dweight no further from fp32 than "
         "unchunked PyTorch -> 4.000e-03, PyTorch 3.000e-03",
         "met     medians of long calls within 5% of triton.testing.do_bench -> "
         "-2.0% at most in 1 passes, of newton_schulz d20 forward",
