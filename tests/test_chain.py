@@ -61,7 +61,6 @@ def killed_after_a_checkpoint(stage: str, flags: list[str], checkpoints: Path) -
     assert run.returncode == -signal.SIGKILL
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("plain_newton_schulz")
 def test_from_text_to_rewards_each_stage_killed_and_resumed(tmp_path, monkeypatch, capsys):
     # Sources are found in runs/ by the names of their stages.

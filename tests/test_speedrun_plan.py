@@ -23,6 +23,7 @@ from gptfast.speedrun import (
 )
 from gptfast.speedrun.estimate import config_of, estimate, steps_of
 from gptfast.speedrun.settings import FlagSettings, NodeSettings
+from train.speedrun import check_stages, read_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,6 +138,32 @@ def test_depth_and_a_steps_own_flags_go_where_they_belong():
 def test_what_cannot_work_is_told_before_anything_runs(settings, words):
     with pytest.raises(UserError, match=words):
         make_plan(SpeedrunSettings(**settings), gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"base": "--total-batch-size 131072"}, "base: total batch of 131072 .* 4 process"),
+        (
+            {"base": "--device-batch-size 64", "mid": "--train gsm8k --total-batch-size 262144"},
+            "mid: total batch of 262144 .*64 x 2048 each.* that work: 524288",
+        ),
+        ({"mid": "--train gsm8k[:0]"}, "mid: 'gsm8k.:0.' is no part of a mixture"),
+        ({"sft": "--train gsm8k /no/such.jsonl"}, "sft: no conversations /no/such.jsonl"),
+        ({"mid": "--train smoltalk --val gsm8k"}, "mid: no smoltalk in --chat-data"),
+        ({"rl": "--examples-per-step 6"}, "rl: 6 examples a step .* by 4"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_told_before_anything_runs(flags, words, tmp_path):
+    for name in ("arc", "gsm8k"):
+        (tmp_path / name).mkdir()
+    # What the reference trains on is not all there.
+    both = {"mid": "--train gsm8k", "sft": "--train gsm8k arc-easy"} | flags
+    both = FlagSettings(**{f"{name}_flags": value for name, value in both.items()})
+    settings = SpeedrunSettings(chat_data=tmp_path, rl=True, flags=both)
+    plan = make_plan(settings, gpus=4)
+    with pytest.raises(UserError, match=words):
+        check_stages(read_flags(plan, nodes=1), processes=plan.processes)
 
 
 def test_settings_are_checked():

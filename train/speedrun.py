@@ -14,14 +14,17 @@ import shlex
 import sys
 import time
 from functools import partial
+from typing import Any
 
 import torch
 import tyro
 
-from gptfast.config import BaseSettings, preset
+from gptfast.chat_data import MID_TRAIN, MID_VAL, SFT_TRAIN, SFT_VAL, check_parts
+from gptfast.config import BaseSettings, accumulation_steps, preset
 from gptfast.config_chat import MidSettings, SFTSettings, mid_preset, sft_preset
+from gptfast.errors import UserError
 from gptfast.machine import describe_machine
-from gptfast.rl_config import RLSettings, rl_preset
+from gptfast.rl_config import RLSettings, passes_of_step, rl_preset
 from gptfast.run import exit_code
 from gptfast.selfcheck import FAILED, OK, run_checks
 from gptfast.speedrun import (
@@ -37,6 +40,9 @@ from gptfast.speedrun import (
     make_plan,
     run_plan,
 )
+
+# What a stage trains on and is validated on unless its flags say otherwise.
+CONVERSATIONS = {"mid": (MID_TRAIN, MID_VAL), "sft": (SFT_TRAIN, SFT_VAL)}
 
 
 class Terminal:
@@ -62,6 +68,7 @@ def main() -> None:
     settings = tyro.cli(SpeedrunSettings, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     plan = make_plan(settings, gpus=torch.cuda.device_count())
     stages = read_flags(plan, nodes=settings.node.nodes)
+    check_stages(stages, processes=plan.processes * settings.node.nodes)
     if settings.check or settings.dry_run:
         here = Here.look(plan, settings.node.nodes, settings.out)
         if settings.check:
@@ -72,7 +79,7 @@ def main() -> None:
     raise SystemExit(run(plan, settings))
 
 
-def read_flags(plan: Plan, *, nodes: int) -> dict[str, object]:
+def read_flags(plan: Plan, *, nodes: int) -> dict[str, Any]:
     """What each stage's recipe will understand: mistakes in flags show now, not in hours."""
     on_gpu = plan.on_gpu
     kinds = {
@@ -94,7 +101,25 @@ def read_flags(plan: Plan, *, nodes: int) -> dict[str, object]:
     }
 
 
-def check(plan: Plan, settings: SpeedrunSettings, stages: dict[str, object], here: Here) -> int:
+def check_stages(stages: dict[str, Any], *, processes: int) -> None:
+    """UserError for batches that the processes cannot share and conversations that are not there.
+    Each stage would find that by itself, hours later."""
+    base = stages["base"]
+    for name, stage in stages.items():
+        try:
+            if name in CONVERSATIONS:
+                train, val = CONVERSATIONS[name]
+                check_parts(stage.mixture, train=train, val=val)
+            if name in ("base", "mid"):
+                optim = stage.optim if name == "base" else stage.optim.like(base.optim)
+                accumulation_steps(optim, base.model.sequence_len, processes)
+            if name == "rl":
+                passes_of_step(stage, processes)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
+def check(plan: Plan, settings: SpeedrunSettings, stages: dict[str, Any], here: Here) -> int:
     """A line for each thing that was tried; the exit code, 2 if one of them failed."""
     colours = {OK: "\033[32m", FAILED: "\033[31m"} if sys.stdout.isatty() else {}
     failed = 0

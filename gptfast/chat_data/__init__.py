@@ -8,6 +8,7 @@ from gptfast.chat_data.mixture import (
     SFT_VAL,
     Mixture,
     Mixtures,
+    check_parts,
     open_mixtures,
 )
 from gptfast.chat_data.rows import PackedRows, StreamRows
@@ -24,6 +25,7 @@ __all__ = [
     "RowLoader",
     "StreamRows",
     "Tokens",
+    "check_parts",
     "open_mixtures",
     "tokenise",
 ]

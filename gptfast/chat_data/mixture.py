@@ -115,6 +115,19 @@ def open_mixtures(
     return _hold_out(training)
 
 
+def check_parts(settings: MixtureSettings, *, train: Sequence[str], val: Sequence[str]) -> None:
+    """UserError for what `open_mixtures` would not find on this disk; fetches nothing."""
+    held_out = settings.train and not settings.val
+    parts = (*(settings.train or train), *(() if held_out else settings.val or val))
+    for part in map(Part.parse, parts):
+        if part.name not in (EMBEDDED, *_NAMED):
+            _own_files(Path(part.name).expanduser())
+        elif part.name in _NAMED and settings.chat_data is not None:
+            folder = settings.chat_data.expanduser() / _NAMED[part.name][0]
+            if not folder.is_dir():
+                raise UserError(f"no {part.name} in --chat-data: no folder {folder}")
+
+
 def _open(
     settings: MixtureSettings, parts: Sequence[str], *, split: embedded_task.Split, progress: bool
 ) -> Mixture:
