@@ -92,13 +92,13 @@ def _cross_entropy_time(rows: Sequence[Row]) -> Mark:
     what = (
         f"linear_cross_entropy both: at most {CROSS_ENTROPY_BY_PRODUCTS} x its three products' time"
     )
-    group = timed(rows, "linear_cross_entropy", SIZE, BOTH)
-    if OURS not in group or "products" not in group:
+    products = timed(rows, "linear_cross_entropy", SIZE, BOTH).get("products")
+    if products is None:
         return Mark(what)
-    ratio = group[OURS].ms / group["products"].ms
+    ratio = products.ours_ms / products.ms
     return Mark(
         what,
-        f"{ratio:.3f} x ({group[OURS].ms:.2f} ms, products {group['products'].ms:.2f} ms)",
+        f"{ratio:.3f} x ({products.ours_ms:.2f} ms, products {products.ms:.2f} ms)",
         ratio <= CROSS_ENTROPY_BY_PRODUCTS,
     )
 

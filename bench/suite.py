@@ -1,7 +1,7 @@
 """Checks and measures, a case and a direction at a time, all its providers together."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple
@@ -14,6 +14,11 @@ from bench.timing import LOAD_MS, Ceilings, Contender, Cost, Gpu, Samples, buffe
 
 # How long the rounds of a group go on; ten are taken even if they last longer.
 SECONDS = 1.0
+# How long ours and a floor take turns, with nobody else: behind a rival that hardly multiplies a
+# call finds a card that has rested longer than 100 ms of load make up for. Beside the rivals the
+# cross-entropy took 1.118 and 1.163 x its products on two cards; with nothing in between but others
+# that multiply without rest, 1.103 on each of three (H200s, 2026-11-23).
+FLOOR_SECONDS = 6.0
 # Ours is timed with triton.testing.do_bench too, where a call takes at least this long: below, its
 # pair of events and the start and end of a single kernel are percents of what they enclose. Both
 # passes have autograd between them, half a millisecond of the host, which do_bench, a call at
@@ -109,11 +114,20 @@ class Suite:
         for name, call in {**check.calls, **case.floors}.items():
             check.attempt(name, enter, name, call)
             self._release()
-        samples = interleave(
-            {name: contender.sample for name, contender in contenders.items()},
-            seconds=SECONDS,
-            warm_up=1 if load_ms else 3,
-        )
+
+        def in_turns(names: Iterable[str], seconds: float) -> dict[str, Samples]:
+            return interleave(
+                {name: contenders[name].sample for name in names},
+                seconds=seconds,
+                warm_up=1 if load_ms else 3,
+            )
+
+        samples = in_turns([name for name in contenders if name in case.providers], SECONDS)
+        ours_beside: dict[str, float] = {}
+        for name in case.floors:
+            if name in contenders:
+                duel = in_turns((OURS, name), FLOOR_SECONDS)
+                samples[name], ours_beside[name] = duel[name], duel[OURS].quantile(0.5)
 
         results = {}
         for name in (*case.providers, *case.floors):
@@ -129,6 +143,7 @@ class Suite:
                 peak_gib=peaks[name] / 2**30,
                 error_ratio=check.ratio(name),
                 errors=check.errors.get(name, {}),
+                ours_ms=ours_beside.get(name),
                 note="waits for the GPU" if contenders[name].waits_for_gpu else "",
             )
             if name == OURS:

@@ -46,10 +46,10 @@ def test_marks_of_the_other_kernels():
     rows = [
         row("cross_entropy_logits", FORWARD, "ours", 0.7, of_ceiling=0.81),
         row("rotary_qk_norm", BACKWARD, "ours", 0.37),
-        row("linear_cross_entropy", BOTH, "ours", 55.0, peak_gib=2.1, errors={"dweight": 0.002}),
+        row("linear_cross_entropy", BOTH, "ours", 54.0, peak_gib=2.1, errors={"dweight": 0.002}),
         row("linear_cross_entropy", BOTH, "8_chunks", 56.0, errors={"dweight": 0.004}),
         row("linear_cross_entropy", BOTH, "eager", 99.0, errors={"dweight": 0.003}),
-        row("linear_cross_entropy", BOTH, "products", 50.0),
+        row("linear_cross_entropy", BOTH, "products", 50.0, ours_ms=55.0),
         row("newton_schulz", FORWARD, "ours", 20.0, do_bench_ms=20.4),
         row("newton_schulz", FORWARD, "eager", 26.0),
     ]
