@@ -237,6 +237,7 @@ class Session:
                     sample=lambda step: {"samples": []},
                     profiler=profiler,
                 ).run()
+        assert summary.tokens_per_second is not None, "its steps are all alike"
         figures = {"loop_tokens_per_second_per_gpu": summary.tokens_per_second / world.size}
         if world.device.type == "cuda":
             figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(world.device)

@@ -98,15 +98,16 @@ class Plan:
 
 @dataclass
 class Summary:
-    """What a run came to; `stopped` is set when a signal ended it early."""
+    """What a run came to; `stopped` is set when a signal ended it early. None: there is no such
+    figure."""
 
     step: int = 0
     stopped: bool = False
-    first_step_seconds: float = math.nan
-    launch_to_step_1_seconds: float = math.nan
+    first_step_seconds: float | None = None
+    launch_to_step_1_seconds: float | None = None
     training_seconds: float = 0.0
-    tokens_per_second: float = math.nan
-    loss: float = math.nan
+    tokens_per_second: float | None = None
+    loss: float | None = None
     skipped_steps: int = 0
     peak_memory_bytes: int = 0
     # Of all GPUs of the run while it trained; None where they do not count it.
@@ -202,17 +203,18 @@ class Trainer:
                 self.profiler.after(step)
             if step == start_step:
                 self._settle()
-                self.summary.first_step_seconds = time.perf_counter() - began
-                self.summary.launch_to_step_1_seconds = seconds_since_launch()
+                first, launched = time.perf_counter() - began, seconds_since_launch()
+                self.summary.first_step_seconds = first
+                self.summary.launch_to_step_1_seconds = launched
                 self.log.row(
                     "event",
                     step,
-                    first_step_seconds=self.summary.first_step_seconds,
-                    launch_to_step_1_seconds=self.summary.launch_to_step_1_seconds,
+                    first_step_seconds=first,
+                    launch_to_step_1_seconds=launched,
                 )
                 self.log.say(
-                    f"first step (compilation included): {self.summary.first_step_seconds:.1f} s; "
-                    f"{self.summary.launch_to_step_1_seconds:.1f} s since launch"
+                    f"first step (compilation included): {first:.1f} s; {launched:.1f} s since "
+                    "launch"
                 )
                 clock = None
         self._finish(step)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -138,7 +137,7 @@ def end_run(
         names = [n for n in after if n in before and n not in ("step", "tokens")]
         figures = ", ".join(f"{n} {before[n]:.4f} -> {after[n]:.4f}" for n in names)
         speed = summary.tokens_per_second
-        speed = "" if math.isnan(speed) else f", {speed:,.0f} tokens/s"
+        speed = "" if speed is None else f", {speed:,.0f} tokens/s"
         say(
             f"done: {summary.step} steps in {summary.training_seconds:.1f} s{speed}; {figures}; "
             f"{summary.skipped_steps} step(s) skipped"

@@ -99,6 +99,7 @@ def test_a_run_leaves_what_it_promises(whole):
         assert step["answer_tokens"] == pytest.approx(step["supervised_tokens"] / 32)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["step"], summary["skipped_steps"]) == (6, 0)
+    assert summary["tokens_per_second"] is None
     assert len(rows(run, "sample")[-1]["samples"]) == 3
 
 
