@@ -10,7 +10,8 @@ A step is what one GPU computes, what sharding adds to it, and an optimizer that
                  exchanges as far as they outlast what runs beside them
 
 Its inputs are measured on one GPU (bench/results) and, for the effective bandwidth and the slowing
-down, on four; it is checked against the measured steps of more GPUs, which it has not seen.
+down, on two; it is checked against the measured steps, of which it has seen no whole one but the
+first.
 Parameters are sharded over s GPUs and replicated r times; every s is tried, the fastest is shown.
 """
 
@@ -26,20 +27,19 @@ from gptfast.ledger.costs import newton_schulz_flops
 from gptfast.ledger.kinds import Job
 from gptfast.memory import GIB, USABLE_SHARE, estimate_memory
 from gptfast.model import GPTConfig, flops_per_token, parameter_counts
+from gptfast.parallel import blocks_per_unit
 from kernels.cross_entropy import CHUNKS
 
 RESULTS = Path(__file__).parent / "results"
-BASE, KERNELS = RESULTS / "base-h200.json", RESULTS / "kernels-h200.json"
+BASE = RESULTS / "base-h200.json"
 GPU = "NVIDIA H200"
 
-# Of one H200's step at d20 (torch 2.11, 2026-11-22): the whole optimizer, where the kept result
-# does not say it.
-OPTIMIZER_MS = 30.0
-# Effective bytes a second and GPU of all-gathers (0.84 GB in 9.4 ms) and reduce-scatters (1.68 GB
-# in 20.1 ms) beside the computation, four H200s with NVLink, d20, 2026-11-22.
-NVLINK = 87e9
-# Of the same step's 29.5 ms of communication, how much longer products and attention ran: 12 ms.
-SLOWED = 0.4
+# Effective bytes a second and GPU of all-gathers (0.56 GB in 2.9 ms) and reduce-scatters (1.12 GB
+# in 5.0 ms) beside the computation, two H200s with NVLink, d20, 2026-11-23 (mfu-h200-2.json).
+NVLINK = 214e9
+# How much longer forward and backward took there than on one GPU, 3.9 ms, of that communication:
+# FSDP2's copies, and kernels that had fewer multiprocessors.
+SLOWED = 0.5
 # Assumed, not measured: the share of a network's rate that a collective reaches, and the time of
 # one hop of a ring within and between nodes.
 NETWORK_EFFICIENCY = 0.8
@@ -110,13 +110,8 @@ def _kept(path: Path) -> dict:
 def one_gpu() -> OneGpu:
     """From the kept results of one H200."""
     job = Job(GPTConfig(), 32, 1, 1, 1)
-    newton_schulz_ms = next(
-        row["ms"]
-        for row in _kept(KERNELS)["rows"]
-        if (row["case"], row["size"], row["provider"]) == ("newton_schulz", "d20", "ours")
-    )
     run = measured_points()[1]
-    optimizer_ms = run.get("optimizer_ms", OPTIMIZER_MS)
+    optimizer_ms, newton_schulz_ms = run["optimizer_ms"], run["newton_schulz_ms"]
     compute_ms = run["step_ms"] - optimizer_ms
     return OneGpu(
         flops=job.tokens * flops_per_token(job.config) / (compute_ms / 1e3),
@@ -142,7 +137,9 @@ def predict(
     within, hop = (NVLINK, HOP["node"])
     if shards > at.node_gpus:
         within, hop = min(NVLINK, network), HOP["network"]
-    units = config.n_layer + 2
+    one_node = shards * replicas <= at.node_gpus
+    blocks_a_unit = blocks_per_unit(1 if one_node else 2, reshard_after_forward=False)
+    units = ceil(config.n_layer / blocks_a_unit) + 2
     others, copies = (shards - 1) / shards, (replicas - 1) / replicas
 
     compute = passes * batch * config.sequence_len * flops_per_token(config) / gpu.flops

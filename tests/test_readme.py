@@ -87,6 +87,7 @@ RUN_BY = {
     "python -m bench.aot": "tests/test_aot.py::test_every_kernel_is_in_the_table",
     "python -m bench.aot --write": "tests/test_aot.py::test_every_kernel_is_in_the_table",
     "python -m bench.loader --data my_texts/": HERE,
+    "python -m bench.serve": "tests/test_bench_serve.py::test_a_toy",
     "python -m bench.sft": "tests/test_bench_sft.py::test_both_ways_are_measured_and_written",
     "python -m bench.mfu": "tests/test_mfu.py::test_one_call_gives_everything",
     "python -m bench.mfu --out before.json": "tests/test_mfu.py::test_one_call_gives_everything",

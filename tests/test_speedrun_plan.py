@@ -211,9 +211,9 @@ def test_the_dry_run_knows_what_d20_takes():
     assert steps_of(base) == 21_400
     assert checkpoint_bytes(config_of(base)) == 4 * (2 * 393_216_000 + 3 * 167_772_160)
     found = estimate(plan.step("base"), stages, here())
-    # 11.22 B tokens and 87 validations' forward passes at 54 % of 8 x 989 TFLOP/s, and the start.
+    # 11.22 B tokens and 87 validations' forward passes at 57 % of 8 x 989 TFLOP/s, and the start.
     tokens = 11_219_763_200 + 87 * 10_485_760 / 3
-    assert found.seconds == pytest.approx(40 + tokens * 3_491_758_080 / (0.54 * 8 * 989e12))
+    assert found.seconds == pytest.approx(40 + tokens * 3_491_758_080 / (0.57 * 8 * 989e12))
     assert found.work == "11.2 B tokens, 21,400 steps"
     # 225 shards of text and three checkpoints of 5.16 GB.
     assert found.disk == pytest.approx(225 * 100e6 + 3 * 5_158_993_920)
@@ -223,7 +223,7 @@ def test_the_dry_run_knows_what_d20_takes():
     text = "\n".join(lines)
     assert "speedrun of d20 on 8 x NVIDIA H100 80GB HBM3" in lines[0]
     assert "at $3.00 (the reference report's table" in text
-    assert "54% of its peak" in text
+    assert "57% of its peak" in text
     assert "TOO LITTLE" in "\n".join(describe_plan(plan, stages, here(free_disk=10**9)))
     one_dollar = "\n".join(describe_plan(plan, stages, here(), price_per_gpu_hour=1.0))
     assert "at $1.00 (as given)" in one_dollar

@@ -27,10 +27,10 @@ from gptfast.schedule import horizon
 from gptfast.speedrun.plan import Plan, Step
 from kernels.cross_entropy import CHUNKS
 
-# Share of a GPU's own dense bf16 peak that whole steps reached (H200, torch 2.11, 2026-11-22,
-# bench/results): d8 with 16,384 tokens under --deterministic, and d20.
-_MEASURED_MFU = ((8, 0.41), (20, 0.54))
-_MFU_SOURCE = "MFU between d8's 41 % and d20's 54 %, measured on H200s"
+# Share of a GPU's own dense bf16 peak that whole steps reached (H200, torch 2.11, 2026-11-23,
+# bench/results): d8 with a vocabulary of 16,384, and d20; d12 with that vocabulary had 0.56.
+_MEASURED_MFU = ((8, 0.55), (20, 0.57))
+_MFU_SOURCE = "MFU between d8's 55 % and d20's 57 %, measured on H200s"
 # Seconds of the reference report's steps by its timestamps, on its eight GPUs.
 _REFERENCE_SECONDS = {"loss": 88, "core": 445, "chat-mid": 1129, "sft": 272, "chat-sft": 977}
 _REFERENCE_TOKENIZER_SECONDS = 103
