@@ -30,11 +30,11 @@ from bench.report import environment
 from bench.serve_load import some_text
 from bench.test_engine import some_tokenizer
 from gptfast.engine import Engine
+from gptfast.engine.generation import Request
+from gptfast.engine.sampling import Sampling
 from gptfast.evaluate.loading import Placement, find_checkpoint, random_model
-from gptfast.generation import Request
 from gptfast.model import GPTConfig
 from gptfast.run import exit_code, find_run
-from gptfast.sampling import Sampling
 from gptfast.serve.app import create_app
 from gptfast.serve.pool import FAILED, READY, Pool
 from gptfast.serve.server import Server, listen, url

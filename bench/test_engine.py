@@ -19,7 +19,7 @@ import torch
 from bench.timing import Gpu
 from gptfast.attention import choose_attention
 from gptfast.engine import Engine
-from gptfast.kv_cache import bytes_per_position
+from gptfast.engine.kv_cache import bytes_per_position
 from gptfast.model import GPT, GPTConfig, parameter_counts
 from gptfast.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from gptfast.conversation import PYTHON, PYTHON_OUTPUT, TEXT, Message, render_messages
 from gptfast.engine import STOP_TOKENS, Engine, TextStream
+from gptfast.engine.sampling import Sampling
 from gptfast.errors import UserError
-from gptfast.sampling import Sampling
 from gptfast.tokenizer import Tokenizer
 
 N = TypeVar("N", int, float)

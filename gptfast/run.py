@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gptfast.checkpoint_files import MANIFEST, list_steps, step_folder
+from gptfast.checkpoint.files import MANIFEST, list_steps, step_folder
 from gptfast.errors import UserError
 from gptfast.loop import Summary, TrainingDivergedError
 from gptfast.machine import describe_machine

@@ -19,7 +19,7 @@ import torch
 from gptfast import parallel
 from gptfast.attention import choose_attention
 from gptfast.checkpoint import Checkpointer
-from gptfast.checkpoint_files import read_manifest
+from gptfast.checkpoint.files import read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings, SystemSettings
 from gptfast.config_chat import SourceSettings
 from gptfast.evaluate.loading import find_checkpoint, load_tokenizer

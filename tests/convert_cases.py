@@ -14,7 +14,7 @@ from gptfast.convert.trained import TrainedModel
 from gptfast.evaluate.loading import Placement, random_model
 from gptfast.model import GPTConfig
 from gptfast.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from gptfast.tokenizer_texts import TEXTS
+from gptfast.tokenizer.texts import TEXTS
 
 CPU = Placement(torch.device("cpu"), attention="math")
 # What the reference's metadata tells of a model.

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
+from gptfast.engine.sampling import Sampling, sample
 from gptfast.model import GPT, GPTConfig
-from gptfast.sampling import Sampling, sample
 from gptfast.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptfast import sandbox
+from gptfast.sandbox import runner as sandbox
 
 MIB = 1 << 20
 # Gives the program's processes and threads a name, by which they are found from outside.

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 import httpx
 
-from gptfast.calculator import calculate
 from gptfast.conversation import render_messages
 from gptfast.engine import Engine
-from gptfast.generation import Request, Row, Token
+from gptfast.engine.calculator import calculate
+from gptfast.engine.generation import Request, Row, Token
+from gptfast.engine.speech import Speech, parts_of, text_of
 from gptfast.serve.app import create_app
 from gptfast.serve.pool import Pool
 from gptfast.serve.server import Server, listen, url
-from gptfast.speech import Speech, parts_of, text_of
 from gptfast.tokenizer import SPECIAL_TOKENS
 from tests.engine_cases import TOKENIZER, tool_model
 

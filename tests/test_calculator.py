@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gptfast.calculator import calculate
+from gptfast.engine.calculator import calculate
 
 GSM8K = Path(__file__).parents[2] / "shared/data/chat_eval/gsm8k/main"
 

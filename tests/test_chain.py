@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gptfast.checkpoint_files import list_steps, read_manifest, step_folder
+from gptfast.checkpoint.files import list_steps, read_manifest, step_folder
 from tests.tuning_cases import plain_newton_schulz, rows
 
 __all__ = ["plain_newton_schulz"]

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptfast import checkpoint_files as files
-from gptfast.checkpoint import Checkpointer
+from gptfast.checkpoint import Checkpointer, files
 from gptfast.errors import UserError
 
 CONFIG = {"n_layer": 2, "n_embd": 16, "window": (4, 8)}

@@ -17,8 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from gptfast import checkpoint_files as files
-from gptfast.checkpoint import Checkpointer
+from gptfast.checkpoint import Checkpointer, files
 from gptfast.errors import UserError
 
 

@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gptfast import checkpoint_files as files
-from gptfast.checkpoint import Checkpointer
+from gptfast.checkpoint import Checkpointer, files
 from gptfast.convert.single_file import read_file, write_file
 from gptfast.convert.trained import TrainedModel, read_checkpoint, write_checkpoint
 from gptfast.errors import UserError

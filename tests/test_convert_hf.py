@@ -20,7 +20,7 @@ from gptfast.evaluate.loading import data_of_run, find_checkpoint, load_model, r
 from gptfast.model import GPT, GPTConfig
 from gptfast.report.runs import stage_of
 from gptfast.tokenizer import Tokenizer
-from gptfast.tokenizer_texts import TEXTS
+from gptfast.tokenizer.texts import TEXTS
 from tests.convert_cases import CPU, make_trained, same_model
 from train import convert
 

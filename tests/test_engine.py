@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gptfast.cached_model import CachedGPT, cached_attention, fused_attention
 from gptfast.engine import Engine, TextStream
+from gptfast.engine.cached_model import CachedGPT, cached_attention, fused_attention
+from gptfast.engine.graphs import GraphedDecode, GraphedPrefill
+from gptfast.engine.kv_cache import KVCache, bytes_per_position
+from gptfast.engine.sampling import Sampling, sample
 from gptfast.errors import UserError
-from gptfast.graphs import GraphedDecode, GraphedPrefill
-from gptfast.kv_cache import KVCache, bytes_per_position
 from gptfast.model import GPT, GPTConfig, generate
-from gptfast.sampling import Sampling, sample
 from tests.engine_cases import (
     BOS,
     CALL,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gptfast.engine import PATIENCE, Engine
-from gptfast.generation import Generation, Request, Workspace
-from gptfast.graphs import Captured, GraphedPrefill
-from gptfast.sampling import Sampling, sample
+from gptfast.engine.generation import Generation, Request, Workspace
+from gptfast.engine.graphs import Captured, GraphedPrefill
+from gptfast.engine.sampling import Sampling, sample
 from tests.engine_cases import (
     BOS,
     CALL,

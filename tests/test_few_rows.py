@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gptfast.cached_model import CachedGPT
-from gptfast.few_rows import FewRowsStep
+from gptfast.engine.cached_model import CachedGPT
+from gptfast.engine.few_rows import FewRowsStep
 from gptfast.model import GPT, GPTConfig
 from kernels.cached_attention import (
     AttentionScratch,

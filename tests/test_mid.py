@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptfast.checkpoint_files import read_manifest
+from gptfast.checkpoint.files import read_manifest
 from gptfast.config import RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, MixtureSettings, SourceSettings
 from gptfast.errors import UserError

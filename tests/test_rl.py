@@ -13,17 +13,17 @@ from gptfast.engine import Engine
 from gptfast.errors import UserError
 from gptfast.evaluate.generative import Answering
 from gptfast.model import GPT
-from gptfast.rl import Rollout, advantages, make_batches, rewards_and_tokens, token_weights
-from gptfast.rl_config import (
+from gptfast.rl.config import (
     AnswerSettings,
     QuestionSettings,
     RLSettings,
     passes_of_step,
     scratch_model,
 )
-from gptfast.rl_evaluation import RLEvaluation, pass_at_k
-from gptfast.rl_loader import length_multiple
-from gptfast.rl_rollouts import Actor, longest_rollout, roll_out
+from gptfast.rl.evaluation import RLEvaluation, pass_at_k
+from gptfast.rl.grpo import Rollout, advantages, make_batches, rewards_and_tokens, token_weights
+from gptfast.rl.loader import length_multiple
+from gptfast.rl.rollouts import Actor, longest_rollout, roll_out
 from gptfast.tasks.toy import Toy
 from tests.scripted import scripted_model
 from tests.tuning_cases import BYTES, CONFIG

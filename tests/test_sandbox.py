@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from gptfast import sandbox
 from gptfast.errors import UserError
 from gptfast.sandbox import SandboxResult, run_many, run_program
+from gptfast.sandbox import runner as sandbox
 from tests.sandbox_cases import ENDLESS, NAMED, alive, kind, name, namespaces
 
 __all__ = ["kind", "name", "namespaces"]
@@ -248,7 +248,7 @@ import sys, types
 package = types.ModuleType("gptfast")
 package.__path__ = [{package!r}]
 sys.modules["gptfast"] = package
-from gptfast import sandbox
+from gptfast.sandbox import runner as sandbox
 sandbox.isolation = lambda: {kind!r}
 sandbox.run_program({source!r}, timeout=1000.0)
 """
@@ -265,7 +265,7 @@ def wait_until(true: Callable[[], object], seconds: float = 20.0) -> bool:
 
 def test_nothing_survives_us(kind, name):
     source = NAMED.format(name=name) + "import time\ntime.sleep(1000)"
-    package = str(Path(sandbox.__file__).parent)
+    package = str(Path(sandbox.__file__).parent.parent)
     script = ORPHANED.format(package=package, kind=kind, source=source)
     caller = subprocess.Popen([sys.executable, "-c", script])
     try:

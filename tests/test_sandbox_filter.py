@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from gptfast.sandbox_filter import filter_for
+from gptfast.sandbox.filter import filter_for
 
 
 def decide(machine: str, namespaces: bool, number: int, *arguments: int) -> int:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import kernels
-from gptfast import selfcheck
 from gptfast.config import preset
 from gptfast.config_chat import MixtureSettings, mid_preset, sft_preset
 from gptfast.selfcheck import FAILED, OK, SKIPPED, run_checks
-from gptfast.selfcheck_kernels import Case, kernel_cases, kernel_error
-from gptfast.selfcheck_links import _reduce
+from gptfast.selfcheck import checks as selfcheck
+from gptfast.selfcheck.kernels import Case, kernel_cases, kernel_error
+from gptfast.selfcheck.links import _reduce
 from gptfast.speedrun import Here, SpeedrunSettings, make_plan
 from tests.core_cases import write_bundle
 from tests.operators import DEVICE

@@ -13,12 +13,12 @@ import pytest
 
 from gptfast.conversation import render_messages
 from gptfast.engine import Engine
+from gptfast.engine.speech import Piece, Speech, parts_of, text_of
 from gptfast.errors import UserError
 from gptfast.serve.app import Access, Defaults
 from gptfast.serve.guard import check_address, is_loopback
 from gptfast.serve.protocol import MAX_BODY_BYTES
 from gptfast.serve.server import listen
-from gptfast.speech import Piece, Speech, parts_of, text_of
 from tests.engine_cases import tool_model
 from tests.serve_cases import (
     HELLO,

@@ -23,6 +23,7 @@ import torch
 from gptfast.checkpoint import Checkpointer
 from gptfast.conversation import render_messages
 from gptfast.engine import Engine
+from gptfast.engine.speech import Speech, text_of
 from gptfast.errors import UserError
 from gptfast.evaluate.loading import Placement
 from gptfast.run import exit_code
@@ -30,7 +31,6 @@ from gptfast.serve.app import Defaults, create_app
 from gptfast.serve.pool import Pool
 from gptfast.serve.server import listen, serve
 from gptfast.serve.worker import load_engine
-from gptfast.speech import Speech, text_of
 from tests.engine_cases import CONFIG, tool_model
 from tests.serve_cases import (
     HELLO,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptfast import parallel
-from gptfast.checkpoint_files import load_full_state, read_manifest
+from gptfast.checkpoint.files import load_full_state, read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
 from gptfast.errors import UserError

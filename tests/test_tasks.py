@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptfast.calculator import calculate
+from gptfast.engine.calculator import calculate
 from gptfast.errors import UserError
 from gptfast.tasks import (
     ARC,

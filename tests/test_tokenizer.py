@@ -13,8 +13,8 @@ from tiktoken.load import load_tiktoken_bpe
 
 from gptfast.errors import UserError
 from gptfast.tokenizer import BOS, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, train_tokenizer
-from gptfast.tokenizer_files import merges
-from gptfast.tokenizer_texts import TEXTS
+from gptfast.tokenizer.files import merges
+from gptfast.tokenizer.texts import TEXTS
 
 
 def varied_texts(count: int) -> list[str]:

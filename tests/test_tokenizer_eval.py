@@ -6,10 +6,10 @@ import pytest
 import tiktoken
 
 import train.tokenizer as recipe
-from gptfast import tokenizer_eval
 from gptfast.errors import UserError
 from gptfast.tokenizer import Tokenizer
-from gptfast.tokenizer_eval import (
+from gptfast.tokenizer import evaluation as tokenizer_eval
+from gptfast.tokenizer.evaluation import (
     Row,
     compare,
     load_references,
@@ -17,7 +17,7 @@ from gptfast.tokenizer_eval import (
     render_tables,
     training_summary,
 )
-from gptfast.tokenizer_texts import TEXTS
+from gptfast.tokenizer.texts import TEXTS
 
 BYTES_ONLY = tiktoken.Encoding(
     "bytes",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptfast.conversation import render
-from gptfast.rl_config import rl_preset
+from gptfast.rl.config import rl_preset
 from gptfast.tasks.toy import Toy
 from tests.tuning_cases import BYTES, plain_newton_schulz, rows, run_stage
 from train import rl

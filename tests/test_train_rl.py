@@ -15,9 +15,9 @@ import torch
 
 from gptfast import optim, parallel
 from gptfast.model import GPTConfig
-from gptfast.rl import advantages
-from gptfast.rl_config import QuestionSettings, RLSettings, rl_preset
-from gptfast.rl_loader import RolloutLoader
+from gptfast.rl.config import QuestionSettings, RLSettings, rl_preset
+from gptfast.rl.grpo import advantages
+from gptfast.rl.loader import RolloutLoader
 from gptfast.tasks.toy import Toy
 from kernels.newton_schulz import newton_schulz_ref
 from tests.tuning_cases import figures, plain_newton_schulz, rows, run_stage, write_source

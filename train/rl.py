@@ -18,7 +18,7 @@ from gptfast import hardware, parallel
 from gptfast.evaluate.generative import Answering
 from gptfast.loop import Plan
 from gptfast.model import CONTEXT_FACTOR, GPTConfig, flops_per_token
-from gptfast.rl_config import (
+from gptfast.rl.config import (
     SCRATCH,
     QuestionSettings,
     RLSettings,
@@ -26,9 +26,9 @@ from gptfast.rl_config import (
     rl_preset,
     scratch_model,
 )
-from gptfast.rl_evaluation import RLEvaluation
-from gptfast.rl_loader import RolloutLoader, length_multiple
-from gptfast.rl_rollouts import Actor, longest_rollout
+from gptfast.rl.evaluation import RLEvaluation
+from gptfast.rl.loader import RolloutLoader, length_multiple
+from gptfast.rl.rollouts import Actor, longest_rollout
 from gptfast.run import exit_code
 from gptfast.schedule import muon_momentum
 from gptfast.stage import Source, Stage, learning_rate

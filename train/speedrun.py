@@ -24,7 +24,7 @@ from gptfast.config import BaseSettings, accumulation_steps, preset
 from gptfast.config_chat import MidSettings, SFTSettings, mid_preset, sft_preset
 from gptfast.errors import UserError
 from gptfast.machine import describe_machine
-from gptfast.rl_config import RLSettings, passes_of_step, rl_preset
+from gptfast.rl.config import RLSettings, passes_of_step, rl_preset
 from gptfast.run import exit_code
 from gptfast.selfcheck import FAILED, OK, run_checks
 from gptfast.speedrun import (

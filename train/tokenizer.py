@@ -19,7 +19,7 @@ from gptfast.data import Corpus, iter_texts, prepare_corpus
 from gptfast.errors import UserError
 from gptfast.run import exit_code, write_json, write_section
 from gptfast.tokenizer import Tokenizer, check_free, train_tokenizer
-from gptfast.tokenizer_eval import (
+from gptfast.tokenizer.evaluation import (
     compare,
     load_references,
     render_summary,

@@ -14,7 +14,7 @@ from gptfast.convert.trained import read_json
 from gptfast.errors import UserError
 from gptfast.run import write_json
 from gptfast.tokenizer import BOS, CONFIG_FILE, HUGGING_FACE_FILE, Tokenizer
-from gptfast.tokenizer_files import hugging_face_json
+from gptfast.tokenizer.files import hugging_face_json
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 

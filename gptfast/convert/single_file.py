@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptfast import checkpoint_files as files
+from gptfast.checkpoint import files
 from gptfast.convert.trained import (
     TOKENIZER_FOLDER,
     check_room,
@@ -35,7 +35,7 @@ from gptfast.convert.trained import (
 from gptfast.errors import UserError
 from gptfast.evaluate.loading import load_tokenizer
 from gptfast.report.runs import read_run, stage_of
-from gptfast.tokenizer_files import format_ranks, parse_ranks
+from gptfast.tokenizer.files import format_ranks, parse_ranks
 
 _HEADER = "gptfast"
 _RANK, _TOKENIZER = "rank.", "tokenizer"

@@ -15,14 +15,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from gptfast import checkpoint_files as files
+from gptfast.checkpoint import files
 from gptfast.config import DataSettings
 from gptfast.errors import UserError
 from gptfast.evaluate.loading import load_tokenizer
 from gptfast.model import GPT, GPTConfig
 from gptfast.run import write_json
 from gptfast.tokenizer import Tokenizer, check_free
-from gptfast.tokenizer_files import merges
+from gptfast.tokenizer.files import merges
 
 TOKENIZER_FOLDER = "tokenizer"
 # Of what others wrote: far beyond any real file, far below what would fill the memory.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gptfast.attention import choose_attention
-from gptfast.checkpoint_files import list_steps, load_full_state, read_manifest, step_folder
+from gptfast.checkpoint.files import list_steps, load_full_state, read_manifest, step_folder
 from gptfast.config import DEFAULT_CACHE, DataSettings
 from gptfast.errors import UserError
 from gptfast.model import GPT, GPTConfig, rotary_table

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptfast.checkpoint_files import MANIFEST
+from gptfast.checkpoint.files import MANIFEST
 from gptfast.errors import UserError
 from gptfast.run import STAGES
 from gptfast.run import stage_of as stage_by_name

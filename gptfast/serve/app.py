@@ -18,18 +18,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from gptfast import generation
-from gptfast.calculator import calculate
 from gptfast.conversation import render_messages
-from gptfast.engine import STOP_TOKENS, TextStream
+from gptfast.engine import STOP_TOKENS, TextStream, generation
+from gptfast.engine.calculator import calculate
+from gptfast.engine.sampling import Sampling
+from gptfast.engine.speech import Piece, Speech, parts_of, text_of
 from gptfast.errors import UserError
-from gptfast.sampling import Sampling
 from gptfast.serve.events import Event, EventStream, paced, unless_gone
 from gptfast.serve.guard import Guard
 from gptfast.serve.pool import READY, Answer, Pool
 from gptfast.serve.protocol import ApiError, ChatRequest, Message
 from gptfast.serve.worker import STOP
-from gptfast.speech import Piece, Speech, parts_of, text_of
 from gptfast.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from gptfast.engine import Engine
-from gptfast.generation import Request
+from gptfast.engine.generation import Request
 from gptfast.serve.protocol import ApiError, queue_is_full, unavailable
 from gptfast.serve.worker import (
     Add,

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from gptfast.engine import Engine
+from gptfast.engine.generation import Generation, Request, Row
 from gptfast.errors import UserError
 from gptfast.evaluate.loading import Placement, load_model, load_tokenizer
-from gptfast.generation import Generation, Request, Row
 
 # Why an answer ends, in OpenAI's words.
 STOP, LENGTH = "stop", "length"

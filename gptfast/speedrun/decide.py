@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptfast.checkpoint_files import MANIFEST
+from gptfast.checkpoint.files import MANIFEST
 from gptfast.errors import UserError
 from gptfast.speedrun.plan import Step
 from gptfast.speedrun.state import DONE, State

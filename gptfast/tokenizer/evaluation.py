@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 import tiktoken
 
 from gptfast.errors import UserError
-from gptfast.tokenizer import Tokenizer
-from gptfast.tokenizer_texts import TEXTS
+from gptfast.tokenizer.texts import TEXTS
+from gptfast.tokenizer.tokenizer import Tokenizer
 
 # The reports' names of tiktoken's encodings.
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}

@@ -12,7 +12,7 @@ that memory never rests need programmatic dependent launch (kernels/few_rows.py)
 import torch
 from torch import Tensor
 
-from gptfast.kv_cache import KVCache
+from gptfast.engine.kv_cache import KVCache
 from gptfast.model import GPT, BlockWeights, GPTConfig
 from kernels.cached_attention import (
     HEAD_DIMS,

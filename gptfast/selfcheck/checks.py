@@ -21,8 +21,8 @@ from gptfast.evaluate import core_fetch
 from gptfast.evaluate.core_bundle import CORE_TASKS, load_bundle
 from gptfast.memory import GIB, USABLE_SHARE, largest_device_batch
 from gptfast.nvml import energy_counters, link_gb_per_second
-from gptfast.selfcheck_kernels import Case, kernel_cases, kernel_error
-from gptfast.selfcheck_links import all_reduce_gb_per_second
+from gptfast.selfcheck.kernels import Case, kernel_cases, kernel_error
+from gptfast.selfcheck.links import all_reduce_gb_per_second
 from gptfast.speedrun.estimate import Here, config_of, disk_bytes, memory_estimate
 from gptfast.speedrun.plan import Plan
 from gptfast.speedrun.settings import SpeedrunSettings

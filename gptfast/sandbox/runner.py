@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gptfast.errors import UserError
-from gptfast.sandbox_filter import filter_for
+from gptfast.sandbox.filter import filter_for
 
 Isolation = Literal["namespaces", "filter"]
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 # How long the child's start may take, on a machine with much else to do, before it is given up.
 _START_SECONDS = 60.0
 _MOST_WORKERS = 16

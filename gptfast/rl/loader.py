@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gptfast.batch import Batch
 from gptfast.parallel import World
-from gptfast.rl import Rollout, advantages, make_batches, rewards_and_tokens, token_weights
-from gptfast.rl_config import RLSettings
-from gptfast.rl_rollouts import Actor, RewardedTask, roll_out, write_rollouts
+from gptfast.rl.config import RLSettings
+from gptfast.rl.grpo import Rollout, advantages, make_batches, rewards_and_tokens, token_weights
+from gptfast.rl.rollouts import Actor, RewardedTask, roll_out, write_rollouts
 
 # Compiled code is for one length, and torch.compile refuses more than eight of one function. There
 # are at most so many lengths; each is a multiple of what attention works on at a time.

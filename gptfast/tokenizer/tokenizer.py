@@ -26,7 +26,7 @@ import rustbpe
 import tiktoken
 
 from gptfast.errors import UserError
-from gptfast.tokenizer_files import format_ranks, hugging_face_json, parse_ranks
+from gptfast.tokenizer.files import format_ranks, hugging_face_json, parse_ranks
 
 # GPT-4's pattern (cl100k_base in tiktoken) but for digits, which come in runs of at most two
 # rather than three: a small vocabulary has better uses for a thousand numbers.

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.cached_model import CachedGPT
-from gptfast.kv_cache import KVCache
-from gptfast.sampling import Sampling, sample
+from gptfast.engine.cached_model import CachedGPT
+from gptfast.engine.kv_cache import KVCache
+from gptfast.engine.sampling import Sampling, sample
+from gptfast.engine.tool_use import Tool, ToolUse
 from gptfast.tokenizer import Tokenizer
-from gptfast.tool_use import Tool, ToolUse
 from gptfast.transfer import Download, upload
 
 # While a prefill runs nobody else gets a token, and it launches as many kernels for one sequence

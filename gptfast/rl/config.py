@@ -13,9 +13,9 @@ from gptfast.config import (
     at_least_one,
 )
 from gptfast.config_chat import CPU_SYSTEM, SourceSettings
+from gptfast.engine.sampling import Sampling
 from gptfast.errors import UserError
 from gptfast.model import GPTConfig
-from gptfast.sampling import Sampling
 from gptfast.tokenizer import SMALLEST_VOCAB, Tokenizer
 
 # In place of a run to start from: a small model that knows nothing and reads bytes.

@@ -1,9 +1,9 @@
-"""The process that sandbox.py starts for one program: a script that imports nothing of ours.
+"""The process that runner.py starts for one program: a script that imports nothing of ours.
 
 It reads its orders from stdin, shuts itself in, forks the process that runs the program, ends it
 when its time is up, and writes one answer: whether the time was up, the exit code (minus the
 signal's number), and the program's own account: "finished", "failed" or "memory", or nothing, and
-the exception. sandbox.py says what this protects and what not.
+the exception. runner.py says what this protects and what not.
 """
 
 # One such process is started for each program, so it does without the modules that take long to

@@ -14,8 +14,8 @@ from gptfast.engine import Engine
 from gptfast.errors import UserError
 from gptfast.model import GPT
 from gptfast.parallel import gather_replica
-from gptfast.rl import Rollout
-from gptfast.rl_config import AnswerSettings
+from gptfast.rl.config import AnswerSettings
+from gptfast.rl.grpo import Rollout
 from gptfast.tokenizer import Tokenizer
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.attention import attention
-from gptfast.few_rows import FewRowsStep, supports
-from gptfast.kv_cache import KVCache
+from gptfast.engine.few_rows import FewRowsStep, supports
+from gptfast.engine.kv_cache import KVCache
 from gptfast.model import GPT, BlockWeights, GPTConfig, block_forward
 from kernels import Operators, operators
 
@@ -33,8 +33,8 @@ class CachedGPT:
         model: plain (not sharded, not compiled); it is not changed. Its parameters may change in
             place between calls: `refresh` then renews the one copy that is kept, of q, k and v
             side by side.
-        few_rows: decode with hand-written kernels (gptfast/few_rows.py) where they take the model
-            and the number of rows; see `decodes_by`.
+        few_rows: decode with hand-written kernels (gptfast/engine/few_rows.py) where they take the
+            model and the number of rows; see `decodes_by`.
         compile: such as INDUCTOR: makes decoding faster; None runs it as it is. Compiled blocks
             decode with the operators in plain PyTorch, which can be fused with their surroundings.
     """

@@ -2,7 +2,7 @@
 
 A save copies this rank's shards to the CPU and returns; a thread writes them, then a manifest, then
 renames the folder into place. Killed at any moment, the newest complete checkpoint is untouched.
-checkpoint_files.py says what lies on disk and how damage is found.
+gptfast/checkpoint/files.py says what lies on disk and how damage is found.
 
     checkpoints = Checkpointer(folder, keep=3, process_group=gloo, rank=rank, world_size=8)
     step, warnings = checkpoints.latest()
@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from gptfast import checkpoint_files as files
-from gptfast.checkpoint_files import DISCARDED, MANIFEST, PARTIAL, DamagedCheckpoint
+from gptfast.checkpoint import files
+from gptfast.checkpoint.files import DISCARDED, MANIFEST, PARTIAL, DamagedCheckpoint
 from gptfast.errors import UserError
 
 T = TypeVar("T")

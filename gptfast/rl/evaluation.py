@@ -7,7 +7,7 @@ from gptfast.conversation import render_for_completion
 from gptfast.evaluate.generative import Answering, answer_in_words
 from gptfast.evaluate.outcomes import MARGIN
 from gptfast.parallel import World
-from gptfast.rl_rollouts import Actor
+from gptfast.rl.rollouts import Actor
 from gptfast.tasks import Task
 
 _SAMPLES = 3

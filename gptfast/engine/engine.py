@@ -3,7 +3,7 @@
     engine = Engine(model, tokenizer)
     sequences, masks = engine.generate_batch(prompts, max_tokens=256, temperature=0)
 
-The loop is in gptfast/generation.py, the model's part in gptfast/cached_model.py.
+The loop is in gptfast/engine/generation.py, the model's part in gptfast/engine/cached_model.py.
 """
 
 import codecs
@@ -12,15 +12,15 @@ from functools import partial
 
 import torch
 
-from gptfast.cached_model import INDUCTOR, CachedGPT
-from gptfast.calculator import calculate
+from gptfast.engine.cached_model import INDUCTOR, CachedGPT
+from gptfast.engine.calculator import calculate
+from gptfast.engine.generation import Generation, Request, Token, Workspace
+from gptfast.engine.graphs import GraphedDecode, GraphedPrefill
+from gptfast.engine.sampling import Sampling
+from gptfast.engine.tool_use import Tool
 from gptfast.errors import UserError
-from gptfast.generation import Generation, Request, Token, Workspace
-from gptfast.graphs import GraphedDecode, GraphedPrefill
 from gptfast.model import GPT
-from gptfast.sampling import Sampling
 from gptfast.tokenizer import BOS, Tokenizer
-from gptfast.tool_use import Tool
 
 # Each of these ends a sequence unless told otherwise.
 STOP_TOKENS = (BOS, "<|assistant_end|>")

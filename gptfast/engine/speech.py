@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from gptfast.conversation import PYTHON, PYTHON_OUTPUT, TEXT
-from gptfast.engine import TextStream
+from gptfast.engine.engine import TextStream
 from gptfast.tokenizer import Tokenizer
 
 # What begins behind each of these tokens.

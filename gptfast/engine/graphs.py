@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.cached_model import CachedGPT
-from gptfast.kv_cache import KVCache
+from gptfast.engine.cached_model import CachedGPT
+from gptfast.engine.kv_cache import KVCache
 
 # One compilation a number of rows; torch would refuse the ninth.
 _RECOMPILE_LIMIT = 64
