@@ -242,7 +242,7 @@ def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
     cases = []
     for name, n, k, activation, rows, dtype in (
         ("qkv", 3840, 1280, "none", 1, half),
-        ("mlp_fc", 5120, 1280, "squared_relu", MAX_ROWS, full),
+        ("mlp_fc", 5120, 1280, "squared_relu", 1, full),
         ("mlp_proj", 1280, 5120, "none", MAX_ROWS, half),
         ("head", 65536, 1280, "softcap", 1, half),
     ):

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from gptfast.run import exit_code
+from train import base
+
 ROOT = Path(__file__).parent.parent
 # Small enough that starting Python is most of the time.
 TINY = [
@@ -61,11 +64,19 @@ def figures(run: Path) -> list[tuple]:
     return losses + [(r["step"], r["val_bpb"]) for r in rows(run, "eval")]
 
 
-def test_a_run_ends_with_everything_it_promises(tmp_path, cache):
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run of two processes; what it said lies in it."""
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
     flags = (*TINY, f"--cache={cache}", f"--out={run}", "--log-to", "tensorboard")
     out, _ = train(*flags, processes=2)
-    assert "no GPU" in out
+    (run / "said.txt").write_text(out)
+    return run
+
+
+def test_a_run_ends_with_everything_it_promises(uninterrupted):
+    run = uninterrupted
+    assert "no GPU" in (run / "said.txt").read_text()
     steps, evaluations = rows(run, "step"), rows(run, "eval")
     assert [row["step"] for row in steps] == list(range(12))
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
@@ -79,13 +90,6 @@ def test_a_run_ends_with_everything_it_promises(tmp_path, cache):
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
     assert list((run / "tensorboard").iterdir())
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    train(*TINY, f"--cache={cache}", f"--out={run}", processes=2)
-    return run
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, cache, uninterrupted):
@@ -208,8 +212,11 @@ def test_of_several_processes_one_tells_the_mistake(tmp_path, cache):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, cache, flags, words):
-    _, err = train(*TINY, f"--cache={cache}", f"--out={tmp_path / 'run'}", *flags, code=2)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, cache, flags, words, monkeypatch, capsys):
+    flags = [*TINY, "--device=cpu", f"--cache={cache}", f"--out={tmp_path / 'run'}", *flags]
+    monkeypatch.setattr(sys, "argv", ["base.py", *flags])
+    assert exit_code(base.main) == 2
+    err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, err
     assert words in errors[0]
