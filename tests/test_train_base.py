@@ -154,7 +154,8 @@ def test_two_nodes_train_as_one(tmp_path, cache, uninterrupted):
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=2e-3)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+# The loop's own part is tested in one process with mid-training and SFT (tests/tuning_cases.py).
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_asked_to_stop_it_saves_at_the_next_step_and_exits_0(tmp_path, cache, processes):
     run = tmp_path / "run"
     flags = [f for f in TINY if "iterations" not in f] + ["--num-iterations=100000"]
