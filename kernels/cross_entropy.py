@@ -141,8 +141,8 @@ def _chunked(
             None if weights is None else weights[part],
         )
         # Neither product fills the GPU to its end: beside each other they took 1.2 to 1.9 ms less
-        # of d20's step in 4, 6, 7 or 8 chunks, and no less in 5; on another card, in 4, no less
-        # either (H200s, 2026-11-22).
+        # of d20's step in 4, 6, 7 or 8 chunks, and no less in 5; on three other cards, in 4 and
+        # 6, no less either (H200s, 2026-11-22 and 23).
         if weight_grad:
             with beside:
                 _add_weight_gradient(dw, logits, x[part], first=start == 0)
