@@ -27,14 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import (
-    FUSED_MULTIPLY_ADD,
-    AotCase,
-    Beside,
-    check_tensors,
-    runs_kernel,
-    upcast,
-)
+from kernels.launch import FUSED_MULTIPLY_ADD, AotCase, check_tensors, runs_kernel, upcast
 from kernels.logits_pass import logits_pass
 
 # Fewer chunks make longer products, and fewer passes over dW, for a larger buffer. d20's head on
@@ -123,7 +116,6 @@ def _chunked(
     dw = weight.new_empty(weight.shape if weight_grad else 0, dtype=torch.float32)
     # Whatever V is, rows begin at multiples of 64 elements: loads stay wide, products fast.
     buffer = x.new_empty(rows, -(-v // 64) * 64)
-    beside = Beside(x.device)
     targets = targets.contiguous()
     weights = None if weights is None else weights.contiguous()
     # An empty batch is one empty chunk: its products write the zeros.
@@ -140,15 +132,10 @@ def _chunked(
             x_grad or weight_grad,
             None if weights is None else weights[part],
         )
-        # Neither product fills the GPU to its end: beside each other they took 1.2 to 1.9 ms less
-        # of d20's step in 4, 6, 7 or 8 chunks, and no less in 5; on three other cards, in 4 and
-        # 6, no less either (H200s, 2026-11-22 and 23).
-        if weight_grad:
-            with beside:
-                _add_weight_gradient(dw, logits, x[part], first=start == 0)
         if x_grad:
             torch.mm(logits, weight, out=dx[part])
-        beside.join()
+        if weight_grad:
+            _add_weight_gradient(dw, logits, x[part], first=start == 0)
     return losses, dx, dw
 
 

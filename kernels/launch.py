@@ -1,9 +1,8 @@
-"""What operators share: where a kernel runs, and beside what, checks, cases to compile ahead."""
+"""What operators share: where a kernel runs, checks, cases to compile ahead."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -58,41 +57,6 @@ def as_rows(op: str, name: str, x: Tensor) -> Tensor:
             "contiguous and evenly spaced: pass .contiguous()"
         )
     return x.view(math.prod(lead), n)
-
-
-@cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-class Beside:
-    """Lets work run beside what the current stream does next, where the tails of its kernels
-    leave room.
-
-        with beside:            # behind all that was launched so far
-            product(...)
-        another_product(...)    # at the same time
-        beside.join()           # the current stream goes on when both are done
-
-    On a CPU everything runs in the order in which it is written.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = _second_stream(device) if device.type == "cuda" else None
-        # With None it does nothing.
-        self._context = torch.cuda.stream(self._stream)
-
-    def __enter__(self) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)
-
-    def join(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ OPERATORS = {
     "rotary_qk_norm_bwd": LAYERS,
     "squared_relu_mlp": LAYERS,
     "squared_relu_mlp_bwd": LAYERS,
+    "weight_gradient": LAYERS,
     "linear_cross_entropy_fwd": 1,
     "linear_cross_entropy_bwd": 1,
 }
@@ -75,7 +76,8 @@ BACKWARD_GRAPH = {
     "gptfast.rms_norm_bwd": 2,
     "gptfast.rotary_qk_norm_bwd": 1,
     "gptfast.squared_relu_mlp_bwd": 1,
-    "aten.mm": 6,
+    "gptfast.weight_gradient": 1,
+    "aten.mm": 5,
 }
 MOVES_NOTHING = re.compile(r"getitem|aten\.(t|view|_unsafe_view|transpose|slice|detach|alias)\b")
 # Kernels of the model without ours: PyTorch's own, and those that Inductor makes of its parts.

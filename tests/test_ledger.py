@@ -276,6 +276,25 @@ def test_a_fused_product_is_the_layers_row():
     assert all(row.flops == 2 * M * C * 4 * C for row in products)
 
 
+def test_a_weights_gradient_in_parts_is_one_row():
+    trace = FakeTrace()
+    wide, narrow, part = [M, 4 * C], [M, C], [3 * C, M]
+    with trace.step(0), trace.backward("CompiledFunctionBackward"):
+        with trace.op("gptfast::weight_gradient", [wide, narrow], [], [BF16] * 2):
+            for _ in range(2):
+                with trace.op("aten::mm", [part, narrow], LAYOUTS[WGRAD], [BF16] * 2):
+                    trace.kernel("nvjet_sm90", 600)
+        with trace.op("gptfast::weight_gradient", [narrow, wide], [], [BF16] * 2):
+            trace.kernel("nvjet_sm90", 1300)
+    found = build(stretch(trace.json()), JOB, "NVIDIA H200", CEILINGS)
+    products = {row.name: row for row in found.rows if row.group == PRODUCTS}
+    assert {name: row.ms for name, row in products.items()} == {
+        "mlp fc, weight gradient": pytest.approx(1.2),
+        "mlp projection, weight gradient": pytest.approx(1.3),
+    }
+    assert all(row.flops == 2 * M * C * 4 * C for row in products.values())
+
+
 def test_the_embedding_is_a_row_each_way():
     """Its lookup within our operator, and all that its backward launches: the sort, too."""
     trace = FakeTrace()

@@ -88,6 +88,13 @@ def test_accurate_with_the_activation_in_the_epilogue(monkeypatch):
         assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
 
 
+def test_accurate_with_the_weights_gradients_in_two_parts(monkeypatch):
+    monkeypatch.setattr(mlp, "_cut", lambda dy, x: 16)
+    for c, f in ((24, 40), (40, 24)):
+        inputs = operands(130, c, f, torch.bfloat16)
+        assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
+
+
 def test_nan_stays():
     x, fc, proj = operands(4, 16, 24, torch.bfloat16)
     x[1, 3] = float("nan")

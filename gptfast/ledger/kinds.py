@@ -147,9 +147,9 @@ def _attention(event: Event, job: Job) -> Kind | None:
 
 def _product(event: Event, job: Job) -> Kind | None:
     op = next((op for op in event.ops if op.name in _PRODUCT_OPS), None)
-    fused = _fused_product(event, job) if op is None else None
-    if fused is not None:
-        return fused
+    found = _weight_gradient(event, job) or (_fused_product(event, job) if op is None else None)
+    if found is not None:
+        return found
     if op is None:
         if not _PRODUCT_KERNEL.search(event.name):
             return None
@@ -168,6 +168,16 @@ def _product(event: Event, job: Job) -> Kind | None:
         return Kind(ATTENTION, event.phase, call=op.number)
     name = layer(m, k, o, transposed(op), event.phase, job) or f"other ({m} x {k} x {o})"
     return Kind(PRODUCTS, name, flops, call=op.number)
+
+
+def _weight_gradient(event: Event, job: Job) -> Kind | None:
+    """Our operator for dy^T x, which may be several products: dy (M, N) and x (M, K)."""
+    op = event.within("gptfast::weight_gradient")
+    if op is None or len(op.dims) < 2:
+        return None
+    (m, n), (_, k) = op.dims[:2]
+    name = layer(n, m, k, (True, False), event.phase, job)
+    return Kind(PRODUCTS, name or op.name, 2.0 * m * n * k, call=op.number)
 
 
 def _fused_product(event: Event, job: Job) -> Kind | None:
