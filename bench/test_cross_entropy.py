@@ -28,7 +28,7 @@ from kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
 )
-from kernels.logits_pass import logits_pass, special_functions_a_logit
+from kernels.logits_pass import SPECIAL_FUNCTIONS_A_LOGIT, logits_pass
 
 IGNORE = -1
 # Standard deviation of the logits. With targets drawn from the model itself this is how a trained
@@ -159,8 +159,7 @@ def our_logits_pass(softcap: float) -> Stages:
 def logits_case(size: Size) -> Case:
     m, v = chunk_rows(size.tokens, CHUNKS), size.config.vocab_size
     eager = partial(logits_pass_ref, softcap=size.config.softcap)
-    of_a_logit = special_functions_a_logit(rand(1, v), size.config.softcap)
-    cost = Cost(bytes=2 * 2 * m * v, special_functions=of_a_logit * m * v)
+    cost = Cost(bytes=2 * 2 * m * v, special_functions=SPECIAL_FUNCTIONS_A_LOGIT * m * v)
     return Case(
         "cross_entropy_logits",
         lambda: (rand(m, v, scale=SPREAD), torch.randint(v, (m,), device=device())),

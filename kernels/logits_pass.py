@@ -7,15 +7,14 @@ w is 1 or a weight of each row. kernels/cross_entropy.py calls it between its pr
 takes a row and looks at it twice: for the sum of exp(z), then for the gradient. The second look
 goes backwards, so that what was read last, and is still in L2, comes first.
 
-There are three kernels. For 65,536 words Hopper trains with that of kernels/logits_row.py, which
-needs no L2. Otherwise training runs `_cross_entropy_pairs_kernel`: bf16 and capped, so that the sum
-needs no running maximum. It takes two logits in 32 bits at a time and loads tiles ahead of their
-use. `_cross_entropy_kernel` takes the rest: fp32, no cap or a large one, odd rows.
+There are two kernels. Training runs `_cross_entropy_pairs_kernel`: bf16 and capped, so that the
+sum needs no running maximum. It takes two logits in 32 bits at a time and loads tiles ahead of
+their use. `_cross_entropy_kernel` takes the rest: fp32, no cap or a large one, odd rows.
 
-What the pairs kernel has to do:
+What has to be done:
 
     bytes              2 s M V: one read, one write of each logit (s bytes each)
-    special functions  4.5 a logit with a cap, 3 without; 16 a clock and SM
+    special functions  4.5 a logit with a cap (derived below), 3 without; 16 a clock and SM
 
 For d20's chunk (M = 8,192, V = 65,536, bf16) on an H200 these are 0.52 ms at 4.16 TB/s and 0.58 ms
 at 1.98 GHz. Measured: 0.72 ms (2026-11-22, Triton 3.6). Slower there: without loads ahead 0.79; a
@@ -30,11 +29,65 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import FUSED_MULTIPLY_ADD, AotCase, runs_kernel
-from kernels.logits_row import SPECIAL_FUNCTIONS_A_LOGIT, logits_rows, takes_rows
-from kernels.softcap import LN_2, LOG2_E, MAX_BOUNDED_CAP, capped, gap, halves, target_logit
+
+# Of the pass with a cap: two looks, each with two powers of two and, as four logits share one, a
+# quarter of a reciprocal.
+SPECIAL_FUNCTIONS_A_LOGIT = 2 * (2 + 1 / 4)
+
+# Up to this cap the sum of exp(z) over a row stays in fp32's range: no running maximum.
+MAX_BOUNDED_CAP = 64.0
 
 # Tiles of the pairs kernel under way: 3 are 3 % slower, 5 are 1 % (H200, 2026-11-22).
 _STAGES = tl.constexpr(4)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _shared_reciprocal(x, N: tl.constexpr):
+    """1 / x (N,) with one special function for every four neighbours; x in [1, 2^30].
+
+    1/a = b / (ab) and 1/b = a / (ab), applied twice. A thread holds at least four neighbours, so
+    that nothing moves between threads. rsqrt is one instruction, where a division checks for
+    denormals before and after.
+    """
+    a, b = tl.split(tl.reshape(x, [N // 2, 2]))
+    c, d = tl.split(tl.reshape(a * b, [N // 4, 2]))
+    root = tl.rsqrt(c * d)
+    r = root * root
+    ab = tl.reshape(tl.join(r * d, r * c), [N // 2])
+    return tl.reshape(tl.join(ab * b, ab * a), [N])
+
+
+@triton.jit
+def _gap(u, cap, N: tl.constexpr):
+    """(1 - tanh(u / cap)) / 2 = 1 / (1 + exp(2 u / cap)) of u (N,), or of a scalar for N = 1.
+
+    z in units of ln 2 is then (1 - 2 gap) cap log2(e), and dz/du is 4 gap (1 - gap).
+    """
+    doubled = u * (2.0 * _LOG2_E / cap)
+    # Past 2^30 tanh is 1 in fp32, and a product of four stays finite. NaN must stay NaN.
+    x = 1.0 + tl.exp2(tl.minimum(doubled, 30.0, propagate_nan=tl.PropagateNan.ALL))
+    return _shared_reciprocal(x, N) if N > 1 else 1.0 / x
+
+
+@triton.jit
+def _capped(u, softcap, N: tl.constexpr):
+    """(z in units of ln 2, dz/du) of u (N,), or of a scalar for N = 1."""
+    if softcap is None:
+        return u * _LOG2_E, 1.0
+    else:
+        cap = tl.cast(softcap, tl.float32)
+        gap = _gap(u, cap, N)
+        return cap * _LOG2_E - 2.0 * cap * _LOG2_E * gap, 4.0 * (gap - gap * gap)
+
+
+@triton.jit
+def _target_logit(logits_ptr, target, V, softcap):
+    """The target's z in units of ln 2; NaN for a target that is no column."""
+    known = (target >= 0) & (target < V)
+    u = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+    return _capped(u, softcap, 1)[0]
 
 
 @triton.jit
@@ -45,6 +98,12 @@ def _ignore_row(logits_ptr, loss_ptr, V, GRAD: tl.constexpr, BLOCK: tl.constexpr
         zero = tl.zeros([BLOCK], logits_ptr.dtype.element_ty)
         for start in range(0, V, BLOCK):
             tl.store(logits_ptr + start + lanes, zero, mask=start + lanes < V)
+
+
+@triton.jit
+def _halves(pair):
+    """Two bf16 in 32 bits -> both in fp32, that of the lower address first."""
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -71,21 +130,21 @@ def _cross_entropy_pairs_kernel(
     if target == ignore_index:
         _ignore_row(logits_ptr, losses_ptr + row, V, GRAD, 2 * BLOCK)
     else:
-        cap2 = cap * LOG2_E
+        cap2 = cap * _LOG2_E
         weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + row)
         # Before the first gradient is written.
-        target2 = target_logit(logits_ptr, target, V, cap)
+        target2 = _target_logit(logits_ptr, target, V, cap)
 
         total = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(0, pairs, BLOCK, num_stages=_STAGES):
             at = start + lanes
             inside = None if EVEN else at < pairs
-            low, high = halves(tl.load(pairs_ptr + at, mask=inside, eviction_policy="evict_last"))
-            sums = tl.exp2(cap2 - 2.0 * cap2 * gap(low, cap, BLOCK))
-            sums += tl.exp2(cap2 - 2.0 * cap2 * gap(high, cap, BLOCK))
+            low, high = _halves(tl.load(pairs_ptr + at, mask=inside, eviction_policy="evict_last"))
+            sums = tl.exp2(cap2 - 2.0 * cap2 * _gap(low, cap, BLOCK))
+            sums += tl.exp2(cap2 - 2.0 * cap2 * _gap(high, cap, BLOCK))
             total += sums if EVEN else tl.where(inside, sums, 0.0)
         lse2 = tl.log2(tl.sum(total))
-        tl.store(losses_ptr + row, weight * (lse2 - target2) * LN_2)
+        tl.store(losses_ptr + row, weight * (lse2 - target2) * _LN_2)
 
         if GRAD:
             last = (tl.cdiv(pairs, BLOCK) - 1) * BLOCK
@@ -99,8 +158,8 @@ def _cross_entropy_pairs_kernel(
                     mask=None if EVEN else at < pairs,
                     eviction_policy="evict_first",
                 )
-                low, high = halves(pair)
-                low, high = gap(low, cap, BLOCK), gap(high, cap, BLOCK)
+                low, high = _halves(pair)
+                low, high = _gap(low, cap, BLOCK), _gap(high, cap, BLOCK)
                 grad_low = tl.exp2(shift2 - 2.0 * cap2 * low)
                 grad_high = tl.exp2(shift2 - 2.0 * cap2 * high)
                 column = target - 2 * start
@@ -140,7 +199,7 @@ def _cross_entropy_kernel(
         _ignore_row(logits_ptr, losses_ptr + row, V, GRAD, BLOCK)
     else:
         weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + row)
-        target2 = target_logit(logits_ptr, target, V, softcap)
+        target2 = _target_logit(logits_ptr, target, V, softcap)
 
         # A lane has a maximum of its own: nothing crosses lanes before the end of the row.
         top2 = tl.full([BLOCK], -3e38, tl.float32)
@@ -150,13 +209,13 @@ def _cross_entropy_kernel(
             u = tl.load(
                 logits_ptr + start + lanes, mask=valid, other=0.0, eviction_policy="evict_last"
             ).to(tl.float32)
-            z2 = tl.where(valid, capped(u, softcap, BLOCK)[0], float("-inf"))
+            z2 = tl.where(valid, _capped(u, softcap, BLOCK)[0], float("-inf"))
             higher2 = tl.maximum(top2, z2, propagate_nan=tl.PropagateNan.ALL)
             total = total * tl.exp2(top2 - higher2) + tl.exp2(z2 - higher2)
             top2 = higher2
         row_top2 = tl.max(top2)
         lse2 = row_top2 + tl.log2(tl.sum(total * tl.exp2(top2 - row_top2)))
-        tl.store(losses_ptr + row, weight * (lse2 - target2) * LN_2)
+        tl.store(losses_ptr + row, weight * (lse2 - target2) * _LN_2)
 
         if GRAD:
             last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
@@ -166,21 +225,12 @@ def _cross_entropy_kernel(
                 u = tl.load(
                     logits_ptr + start + lanes, mask=valid, other=0.0, eviction_policy="evict_first"
                 ).to(tl.float32)
-                z2, slope = capped(u, softcap, BLOCK)
+                z2, slope = _capped(u, softcap, BLOCK)
                 grad = tl.exp2(z2 - lse2)
                 if (start <= target) & (target < start + BLOCK):
                     here = lanes == (target - start).to(tl.int32)
                     grad = tl.where(here, grad - 1.0, grad)
                 tl.store(logits_ptr + start + lanes, grad * slope * weight, mask=valid)
-
-
-def special_functions_a_logit(logits: Tensor, softcap: float) -> float:
-    """Of the pass with gradients over such logits (M, V), bf16.
-
-    The pairs kernel's two looks have two powers of two each and, as four logits share one, a
-    quarter of a reciprocal.
-    """
-    return SPECIAL_FUNCTIONS_A_LOGIT if takes_rows(logits, softcap) else 2 * (2 + 1 / 4)
 
 
 def _launch(
@@ -226,9 +276,6 @@ def logits_pass(
         return
     if not runs_kernel(logits):
         _logits_pass_ref(logits, targets, losses, softcap, ignore_index, grad, weights)
-        return
-    if grad and takes_rows(logits, softcap):
-        logits_rows(logits, targets, losses, softcap, ignore_index, weights)
         return
     kernel, constants = _launch(logits.dtype, v, logits.stride(0), softcap)
     with torch.cuda.device_of(logits):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import logits_pass, logits_row
+from kernels import logits_pass
 from kernels.cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_ref
 from tests.operators import (
     DEVICE,
@@ -71,63 +71,6 @@ def assert_right(inputs, targets, *, chunks=1, **options):
             error, allowed = (mine - true).abs().max(), 2 * (theirs - true).abs().max()
             allowed += little * true.abs().max() + 1e-6 * factor
             assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-@pytest.fixture
-def row_kernel(monkeypatch) -> int:
-    """Every pass with gradients takes the kernel that holds a row, here of so many logits."""
-    config = {"BLOCK": 128, "PARTS": 2, "num_warps": 1, "maxnreg": 128}
-    monkeypatch.setattr(logits_pass, "takes_rows", lambda logits, softcap: True)
-    monkeypatch.setattr(logits_pass, "logits_rows", partial(logits_row.logits_rows, config=config))
-    return 2 * config["BLOCK"] * config["PARTS"]
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 100.0])
-def test_rows_in_registers(row_kernel, scale, weighted):
-    """More rows than programs, a chunk cut short, some that do not count."""
-    inputs = [randn(13, 16, dtype=torch.bfloat16, scale=scale)]
-    inputs.append(randn(row_kernel, 16, dtype=torch.bfloat16))
-    weights = randn(13) if weighted else None
-    assert_right(inputs, make_targets(13, row_kernel), chunks=3, weights=weights)
-
-
-@pytest.mark.parametrize("softcap", [5.0, 64.0])
-def test_rows_in_registers_with_other_caps(row_kernel, softcap):
-    inputs = [randn(n, 16, dtype=torch.bfloat16) for n in (6, row_kernel)]
-    assert_right(inputs, make_targets(6, row_kernel), softcap=softcap)
-
-
-def test_sure_rows_in_registers(row_kernel):
-    """The target's logit far above all others, at even columns and odd ones."""
-    weight = torch.eye(16, device=DEVICE).repeat(row_kernel // 16, 1)
-    weight[16:] *= -1
-    x = 8 * torch.eye(16, device=DEVICE) + randn(16, 16) / 4
-    assert_right([x.bfloat16(), weight.bfloat16()], torch.arange(16, device=DEVICE))
-
-
-def test_what_is_not_finite_shows_of_rows_in_registers(row_kernel):
-    """NaN in one column, even or odd; NaN in a row that does not count stays out of everything."""
-    for column in (6, 7):
-        logits = randn(4, row_kernel, dtype=torch.bfloat16)
-        logits[1, column] = logits[2, column] = math.nan
-        logits[3, column] = math.inf
-        losses, targets = randn(4), torch.tensor([0, 1, -1, row_kernel], device=DEVICE)
-        logits_pass.logits_pass(logits, targets, losses, 15.0, -1, True)
-        assert losses.isnan().tolist() == [False, True, False, True]
-        assert logits[1].isnan().all()
-        assert not logits[[0, 3]].isnan().any()
-        assert (losses[2] == 0) & (logits[2] == 0).all()
-
-
-@pytest.mark.gpu
-def test_rows_in_registers_at_the_trained_shape():
-    """As many words as they were made for, and more rows than multiprocessors, on Hopper."""
-    inputs = [randn(n, 128, dtype=torch.bfloat16, scale=n**-0.05) for n in (512, logits_row.V)]
-    if torch.cuda.get_device_capability()[0] == 9:
-        assert logits_row.takes_rows(inputs[0] @ inputs[1].T, 15.0)
-    assert_right(inputs, make_targets(512, logits_row.V), chunks=2)
-    assert_repeats(of_x_and_weight(linear_cross_entropy, make_targets(512, logits_row.V)), inputs)
 
 
 @over_dtypes
