@@ -23,7 +23,7 @@ from gptfast.checkpoint.files import read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings, SystemSettings
 from gptfast.config_chat import SourceSettings
 from gptfast.evaluate.loading import find_checkpoint, load_tokenizer
-from gptfast.ledger import Job, StepProfiler, parse_steps
+from gptfast.ledger import LEDGER_FILE, Job, StepProfiler, parse_steps
 from gptfast.loop import Loader, Plan, Summary, Trainer
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig, parameter_counts
@@ -257,7 +257,7 @@ class Stage:
             self._profile_steps,
             job=job,
             device=world.device,
-            out=self.folder / "profile" / "ledger.json",
+            out=self.folder / LEDGER_FILE,
             say=self.say,
             active=world.is_main,
             settings=asdict(self.settings),

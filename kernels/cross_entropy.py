@@ -31,8 +31,8 @@ from kernels.launch import FUSED_MULTIPLY_ADD, AotCase, check_tensors, runs_kern
 from kernels.logits_pass import logits_pass
 
 # Fewer chunks make longer products, and fewer passes over dW, for a larger buffer. d20's head on
-# an H200, by its three products alone, medians of 24 in turns: 4 chunks 1.103, 6 chunks 1.121, 8
-# (of 8,448 rows) 1.113 (2026-11-22).
+# an H200, by its three products alone (of logits, not of their gradient), medians of 24 in turns: 4
+# chunks 1.103, 6 chunks 1.121, 8 (of 8,448 rows) 1.113 (2026-11-22).
 CHUNKS = 4
 
 # Of the kernel that scales gradients.

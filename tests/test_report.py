@@ -14,7 +14,7 @@ import pytest
 
 from gptfast import hardware
 from gptfast.errors import UserError
-from gptfast.ledger import Job, Ledger, to_json
+from gptfast.ledger import LEDGER_FILE, Job, Ledger, to_json
 from gptfast.ledger.book import Row
 from gptfast.model import GPTConfig
 from gptfast.report import markdown, page
@@ -349,7 +349,7 @@ def test_a_ledger_becomes_the_waterfall(tmp_path):
     rows = (Row("products", "all", 250.0), Row("attention", "all", 60.0), Row("gaps", "gap", 10.0))
     job = Job(GPTConfig(**fake_runs.MODEL), batch=32, accumulation=1, processes=4, shards=4)
     ledger = Ledger(job=job, device="NVIDIA H200", rows=rows, step_ms=320.0, steps=3)
-    fake_runs.write(run / "mfu.json", json.loads(json.dumps(to_json(ledger), default=str)))
+    fake_runs.write(run / LEDGER_FILE, json.loads(json.dumps(to_json(ledger), default=str)))
     report = build_report(read_folders([run]))
     section = next(s for s in report.sections if s.title == "Base model training")
     waterfall = next(b for b in section.blocks if isinstance(b, Figure) and b.wide)
@@ -362,9 +362,9 @@ def test_a_ledger_becomes_the_waterfall(tmp_path):
         ("attention", "60.0 ms", "18.8 %"),
         ("gaps", "10.0 ms", "3.1 %"),
     )
-    (run / "mfu.json").write_text('{"formula": "another", "format": 1}')
+    (run / LEDGER_FILE).write_text('{"formula": "another", "format": 1}')
     text = markdown.render(build_report(read_folders([run])))
-    assert "mfu.json is a ledger of another kind" in text
+    assert "ledger.json is a ledger of another kind" in text
 
 
 def test_the_recipe(everything, tmp_path):

@@ -48,6 +48,7 @@ def test_the_plan_on_eight_gpus_is_the_references_pipeline():
         "--data=fineweb-edu",
         "--tokenizer=runs/speedrun-d20/tokenizer",
         "--cache=/c",
+        "--profile-steps=20:23",
     )
     assert plan.step("loss").arguments == ("base", "runs/base-d20", "--only", "bpb", "samples")
     sft = plan.step("sft").arguments

@@ -11,10 +11,11 @@ profiler   StepProfiler, which takes the profile within a run
 from gptfast.ledger.book import Ledger, build, read_json, to_json
 from gptfast.ledger.costs import Ceilings, measure_ceilings
 from gptfast.ledger.kinds import Job
-from gptfast.ledger.profiler import StepProfiler, parse_steps, write
+from gptfast.ledger.profiler import LEDGER_FILE, StepProfiler, parse_steps, write
 from gptfast.ledger.text import compare, draw, table
 
 __all__ = [
+    "LEDGER_FILE",
     "Ceilings",
     "Job",
     "Ledger",

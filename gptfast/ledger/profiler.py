@@ -19,6 +19,8 @@ from gptfast.ledger.kinds import Job
 from gptfast.ledger.text import draw, table
 from gptfast.ledger.trace import STEP, load_trace, stretch
 
+# Where a run keeps its ledger, in its folder.
+LEDGER_FILE = Path("profile", "ledger.json")
 # Steps before the profile whose median is the step's time without it, and the first that counts:
 # before, compilation and a cold card are timed.
 _UNPROFILED_STEPS = 20

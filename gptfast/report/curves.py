@@ -1,13 +1,11 @@
 """The pictures of a run: loss, bits per byte, MFU and learning rate over tokens; the MFU
 ledger."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from gptfast import hardware
 from gptfast.errors import UserError
-from gptfast.ledger import Ledger
+from gptfast.ledger import LEDGER_FILE
 from gptfast.ledger import read_json as read_ledger
 from gptfast.ledger.book import waterfall
 from gptfast.ledger.kinds import GROUPS
@@ -94,11 +92,13 @@ def core(tasks: Mapping[str, Mapping]) -> Figure:
 def ledger(run: Run) -> list[Block]:
     """The MFU waterfall and the time of each group of kernels, if steps of the run were profiled
     (--profile-steps)."""
-    found = next(filter(None, map(_read_ledger, sorted(run.folder.glob("*.json")))), None)
-    if found is None:
+    path = run.folder / LEDGER_FILE
+    if not path.exists():
         return []
-    if isinstance(found, str):
-        return [Text(found, warning=True)]
+    try:
+        found = read_ledger(path)
+    except UserError as error:
+        return [Text(str(error), warning=True)]
     blocks: list[Block] = []
     if (stages := waterfall(found)) and found.own_peak:
         peak = f"{found.own_peak / 1e12:g} TFLOP/s, {found.device}'s dense bf16 peak"
@@ -112,18 +112,6 @@ def ledger(run: Run) -> list[Block]:
     )
     title = f"A step of {found.step_ms:.1f} ms, kernel by kernel"
     return [*blocks, Table(("Kernels", "Time", "Share"), rows, title=title)]
-
-
-def _read_ledger(path: Path) -> Ledger | str | None:
-    """The ledger in a file; why it cannot be read; None if the file is of another kind."""
-    try:
-        if "formula" not in json.loads(path.read_text(encoding="utf-8")):
-            return None
-        return read_ledger(path)
-    except ValueError:
-        return None
-    except UserError as error:
-        return str(error)
 
 
 def _over_tokens(
