@@ -25,10 +25,11 @@ from kernels.squared_relu_product import ALIGNMENT, squared_relu_product
 _LEAST_ROWS = 4096
 
 # A weight's gradient (F, C) or (C, F), and where along F it is cut: the first part's tiles fill the
-# multiprocessors once, and cuBLAS splits the second along M, which it does not do to the whole. On
-# an H200, torch 2.11.0+cu130 (2026-11-23), 65,536 tokens, by the time of the whole: C = 1,280
-# 0.88 (F, C) and 0.84 (C, F), and no less with 8,192 tokens; 1,152 0.93 and 0.90, 1,664 0.95 and
-# 0.91, 1,920 0.94 and 0.95. Of the other depths from 12 to 32, 22 gains 3 % and the rest nothing.
+# multiprocessors once (C = 1,664: twice), and cuBLAS splits the second along M, which it does not
+# do to the whole. On an H200, torch 2.11.0+cu130 (2026-11-23), 65,536 tokens, by the time of the
+# whole: C = 1,280 0.88 (F, C) and 0.84 (C, F), and no less with 8,192 tokens; 1,152 0.93 and 0.90,
+# 1,664 0.95 and 0.91, 1,920 0.94 and 0.95. Of the other depths from 12 to 32, 22 gains 3 %, the
+# rest nothing.
 _CUTS = {(1152, 4608): 4224, (1280, 5120): 4096, (1664, 6656): 5120, (1920, 7680): 2816}
 _LEAST_ROWS_TO_CUT = 8192
 
