@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from gptfast.errors import UserError
 from gptfast.speedrun import (
@@ -20,6 +21,7 @@ from gptfast.speedrun import (
     Plan,
     StepFailedError,
     StoppedError,
+    follow,
     run_plan,
 )
 from gptfast.speedrun.plan import Step
@@ -29,7 +31,8 @@ from gptfast.speedrun.state import DONE, RUNNING, STOPPED
 ROOT = Path(__file__).parent.parent
 
 # What a step does in these tests. A stage takes ten moments, leaves a checkpoint at each, saves and
-# ends when asked to, and goes on at its last checkpoint; told to fail, it does so in the middle.
+# ends when asked to, and goes on at its last checkpoint; told to fail, it does so in the middle, or
+# at once.
 QUICK_STEP = """
 import json, pathlib, signal, sys, time
 kind, out, *flags = sys.argv[1:]
@@ -39,6 +42,9 @@ print("running", kind, *flags, flush=True)
 if kind != "stage":
     (out / kind).write_text("{}")
     sys.exit(0)
+if "--at-once" in flags:
+    (out / "metrics.jsonl").touch()
+    sys.exit("error: not enough memory")
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 done = [int(p.name[5:]) for p in out.glob("checkpoints/step_*")]
@@ -178,8 +184,8 @@ def test_changed_files_of_the_users_change_what_is_made_from_them(tmp_path):
 def test_what_was_trained_is_never_overwritten(tmp_path):
     run(quick_plan(tmp_path), tmp_path)
     # Other settings, told as they differ.
-    with pytest.raises(UserError, match=r"base-d2 was made with without that, now it is --longer"):
-        run(quick_plan(tmp_path, base=["--longer"]), tmp_path)
+    with pytest.raises(UserError, match=r"base-d2 was made without --longer 3, now it is with it"):
+        run(quick_plan(tmp_path, base=["--longer", "3"]), tmp_path)
     # A model made from one that is gone: said before the other is trained anew.
     shutil.rmtree(tmp_path / "base-d2")
     with pytest.raises(UserError, match="mid-d2 was made from the base that was there before"):
@@ -221,6 +227,17 @@ def test_a_failure_names_step_log_and_command_and_is_continued(tmp_path, clear, 
     with pytest.raises(StepFailedError):
         run(plan, tmp_path)
     assert "--resume" in (plan.folder / "logs" / "02-base.log").read_text()
+
+
+def test_after_a_failure_without_a_checkpoint_other_flags_may_be_given(tmp_path):
+    """Of a first step that memory does not hold, say."""
+    with pytest.raises(StepFailedError):
+        run(quick_plan(tmp_path, base=["--batch", "64", "--at-once"]), tmp_path)
+    assert list((tmp_path / "base-d2").iterdir()) == [tmp_path / "base-d2" / "metrics.jsonl"]
+    lines = run(quick_plan(tmp_path, base=["--batch", "16"]), tmp_path)
+    assert done_in(lines) == ["base", "loss", "mid", "report"]
+    with pytest.raises(UserError, match="was made with --batch 16, now it is --batch 32: name"):
+        run(quick_plan(tmp_path, base=["--batch", "32"]), tmp_path)
 
 
 def test_a_damaged_state_is_told(tmp_path):
@@ -336,3 +353,14 @@ def test_a_node_that_has_gone_is_noticed(tmp_path, monkeypatch):
     others.start(quick_plan(tmp_path).steps[1], [])
     with pytest.raises(UserError, match="node 1 has gone"):
         others.results()
+
+
+def test_another_node_notices_that_the_first_has_gone(tmp_path, monkeypatch):
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise DistNetworkError("Failed to recv, got 0 bytes")
+
+    monkeypatch.setattr("gptfast.speedrun.nodes._store", lambda node: Gone())
+    node = NodeSettings(nodes=2, node_rank=1)
+    with pytest.raises(UserError, match="first node's speedrun has ended; start it again on all"):
+        follow(quick_plan(tmp_path), node, command_in(tmp_path), print)

@@ -19,8 +19,7 @@ def decide(step: Step, state: State) -> str:
         return ANEW
     if record.state == DONE and is_whole(step) and not step.always:
         return SKIP
-    checkpoints = step.owns.glob(f"checkpoints/step_*/{MANIFEST}") if step.owns else ()
-    return CONTINUE if step.resumable and any(checkpoints) else ANEW
+    return CONTINUE if step.resumable and _has_checkpoint(step) else ANEW
 
 
 def check(steps: Sequence[Step], state: State) -> None:
@@ -46,19 +45,39 @@ def _why_not(step: Step, state: State, remade: set[str]) -> str:
     record = state.records.get(step.name)
     if record is None:
         return "holds something that this speedrun did not make"
+    if record.state != DONE and not _has_checkpoint(step):
+        return ""
     if record.fingerprint != state.fingerprint(step):
-        before, now = record.arguments, step.arguments
-        was, is_ = (
-            " ".join(x for x in side if x not in other)
-            for side, other in ((before, now), (now, before))
-        )
-        told = f"{was or 'without that'}, now it is {is_ or 'without that'}"
-        return "was made from something else" if was == is_ else f"was made with {told}"
+        return f"was made {_difference(record.arguments, step.arguments)}"
     if remade:
         return f"was made from the {', '.join(remade)} that was there before"
     if record.state == DONE:
         return f"was finished, but lacks {lacking(step)}"
     return ""
+
+
+def _difference(before: Sequence[str], now: Sequence[str]) -> str:
+    """What it was made with and is not to be made with now, or the other way round."""
+    flags = _flags(before), _flags(now)
+    was, asked = (
+        " ".join(flag for flag in side if flag not in other) for side, other in (flags, flags[::-1])
+    )
+    if was and asked:
+        return f"with {was}, now it is {asked}"
+    if was or asked:
+        return f"with {was}, now it is without" if was else f"without {asked}, now it is with it"
+    return "from something else"
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """Each flag in one piece with its values."""
+    pieces: list[str] = []
+    for argument in arguments:
+        if pieces and pieces[-1].startswith("-") and not argument.startswith("-"):
+            pieces[-1] += f" {argument}"
+        else:
+            pieces.append(argument)
+    return pieces
 
 
 def is_whole(step: Step) -> bool:
@@ -82,6 +101,10 @@ def _is_final(path: Path) -> bool:
     except ValueError:
         # Cut off while it was written.
         return False
+
+
+def _has_checkpoint(step: Step) -> bool:
+    return step.owns is not None and any(step.owns.glob(f"checkpoints/step_*/{MANIFEST}"))
 
 
 def _holds_anything(folder: Path) -> bool:
