@@ -137,11 +137,11 @@ def run(plan: Plan, settings: SpeedrunSettings) -> int:
     terminal, node = Terminal(), settings.node
     again = f"python {shlex.join(sys.argv)}"
     command = partial(launch_command, python=sys.executable, processes=plan.processes, node=node)
-    if node.node_rank:
-        follow(plan, node, command, terminal.say)
-        return 0
-    others = Followers(node) if node.nodes > 1 else None
+    others = Followers(node) if node.nodes > 1 and not node.node_rank else None
     try:
+        if node.node_rank:
+            follow(plan, node, command, terminal.say)
+            return 0
         for name, why in plan.missing:
             terminal.say(f"left out: {name} ({why})")
         run_plan(plan, command, terminal, machine=describe_machine(), again=again, others=others)

@@ -4,6 +4,7 @@ They talk through torch's TCP store on the first node. Folder of runs and data m
 see; the steps themselves meet as torchrun's workers do.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from gptfast.speedrun.attempt import Attempt, locked
 from gptfast.speedrun.plan import Plan, Step
 from gptfast.speedrun.settings import NodeSettings
 
-# The first node may be at a step of its own for hours.
-_PATIENCE = timedelta(days=7)
+# Another node asks this often whether there is something to do. The first may be at a step of its
+# own for hours: waiting in the store for that long, Python would not hear Ctrl-C.
+_LOOK_SECONDS = 0.5
 _CONNECT = timedelta(minutes=10)
 # Another node says this often that it lives, and is given up after so long without a word.
 _BEAT_SECONDS = 1.0
@@ -74,29 +76,30 @@ def follow(
 ) -> None:
     """Run on this node what the first node tells, until it says that all is done. UserError if it
     goes away without that, or tells of a step that this node's command has not."""
-    store, rank, number = _store(node), node.node_rank, 0
-    folder = plan.folder / f"node{rank}"
+    store, folder = _store(node), plan.folder / f"node{node.node_rank}"
     with locked(folder, say) as lock:
-        while True:
-            number += 1
-            try:
+        try:
+            for number in itertools.count(1):
+                while not store.check([f"command/{number}"]):
+                    time.sleep(_LOOK_SECONDS)
                 told = json.loads(store.get(f"command/{number}"))
-            except (DistNetworkError, DistStoreError) as error:
-                raise UserError(
-                    "the first node's speedrun has ended; start it again on all nodes"
-                ) from error
-            if told is None:
-                store.set(f"gone/{rank}", "")
-                return
-            step = plan.step(told["step"])
-            if step is None:
-                raise UserError(f"the first node runs {told['step']}: give all the same flags")
-            log = folder / f"{step.name}.log"
-            say(f"{step.name}: {log}")
-            attempt = Attempt(command(step, told["extra"]), log, lock, on_gpu=plan.on_gpu)
-            beat = _Beat(store, rank)
-            code = attempt.wait(beat)
-            store.set(f"result/{number}/{rank}", json.dumps([code, attempt.joules]))
+                if told is None:
+                    store.set(f"gone/{node.node_rank}", "")
+                    return
+                step = plan.step(told["step"])
+                if step is None:
+                    raise UserError(f"the first node runs {told['step']}: give all the same flags")
+                log = folder / f"{step.name}.log"
+                say(f"{step.name}: {log}")
+                attempt = Attempt(command(step, told["extra"]), log, lock, on_gpu=plan.on_gpu)
+                code = attempt.wait(_Beat(store, node.node_rank))
+                result = json.dumps([code, attempt.joules])
+                store.set(f"result/{number}/{node.node_rank}", result)
+        except DistNetworkError as error:
+            # What still runs here ends with this process.
+            raise UserError(
+                "the first node's speedrun has ended; start it again on all nodes"
+            ) from error
 
 
 class _Beat:
@@ -126,5 +129,4 @@ def _store(node: NodeSettings) -> TCPStore:
         raise UserError(
             f"{what} {node.master_addr}:{node.master_port}: {str(error).splitlines()[0]}"
         ) from error
-    store.set_timeout(_PATIENCE)
     return store
