@@ -1,9 +1,11 @@
 """The plan of a speedrun and what it is estimated to take, with its figures."""
 
 import importlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +20,11 @@ from gptfast.speedrun import (
     Plan,
     SpeedrunSettings,
     describe_plan,
+    disk_needs,
     launch_command,
     make_plan,
 )
-from gptfast.speedrun.estimate import config_of, estimate, steps_of
+from gptfast.speedrun.estimate import DiskNeed, config_of, estimate, steps_of
 from gptfast.speedrun.settings import FlagSettings, NodeSettings
 from train.speedrun import check_stages, read_flags
 
@@ -195,7 +198,7 @@ def test_steps_start_alone_under_torchrun_or_on_several_nodes():
 
 def here(**more) -> Here:
     known = {"gpu": "NVIDIA H100 80GB HBM3", "gpus": 8, "nodes": 1, "gpu_memory": 80 * 2**30}
-    known |= {"disk": Path("/"), "free_disk": 10**12, "cpu_flops": 0.0}
+    known |= {"cpu_flops": 0.0}
     return Here(**{**known, **more})
 
 
@@ -220,19 +223,51 @@ def test_the_dry_run_knows_what_d20_takes():
     assert found.disk == pytest.approx(225 * 100e6 + 3 * 5_158_993_920)
     core = estimate(plan.step("core"), stages, here())
     assert core.seconds == pytest.approx(445 * 312 / 989, rel=1e-6)
-    lines = describe_plan(plan, stages, here())
+    lines = describe_plan(plan, stages, here(), [DiskNeed(Path("/"), 38e9, 10**12)])
     text = "\n".join(lines)
     assert "speedrun of d20 on 8 x NVIDIA H100 80GB HBM3" in lines[0]
     assert "at $3.00 (the reference report's table" in text
     assert "57% of its peak" in text
-    assert "TOO LITTLE" in "\n".join(describe_plan(plan, stages, here(free_disk=10**9)))
-    one_dollar = "\n".join(describe_plan(plan, stages, here(), price_per_gpu_hour=1.0))
+    assert lines[-2] == "disk    38.0 GB of 1000.0 GB free at /"
+    full = describe_plan(plan, stages, here(), [DiskNeed(Path("/"), 38e9, 10**9)])
+    assert full[-2] == "disk    38.0 GB of 1.0 GB free at /   TOO LITTLE"
+    one_dollar = "\n".join(describe_plan(plan, stages, here(), [], price_per_gpu_hour=1.0))
     assert "at $1.00 (as given)" in one_dollar
+
+
+def test_room_is_asked_of_the_disk_that_is_written_to(tmp_path, monkeypatch):
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    plan = make_plan(SpeedrunSettings(out=out, cache=cache), gpus=8)
+    stages = stages_of(plan)
+    one, shard = checkpoint_bytes(config_of(stages["base"])), 100e6
+    # Of base, mid and SFT two checkpoints are kept, while a third is written.
+    (need,) = disk_needs(plan, stages, cache)
+    assert need.needed == 9 * one + 225 * shard
+    assert need.folder == tmp_path
+    # What is there already is not written again, and of a finished stage nothing is.
+    (cache / "data" / "fineweb-edu").mkdir(parents=True)
+    for number in range(25):
+        (cache / "data" / "fineweb-edu" / f"shard_{number:05}.parquet").touch()
+    (out / "base-d20").mkdir(parents=True)
+    (out / "base-d20" / "summary.json").write_text("{}")
+    (out / "mid-d20" / "checkpoints" / "step_000100").mkdir(parents=True)
+    (need,) = disk_needs(plan, stages, cache)
+    assert need.needed == (2 + 3) * one + 200 * shard
+    # Two disks, two needs.
+    stat = os.stat
+    monkeypatch.setattr(
+        "os.stat",
+        lambda p, **k: (
+            SimpleNamespace(st_dev=str(cache) in str(p)) if p in (out, cache) else stat(p, **k)
+        ),
+    )
+    runs, text = disk_needs(plan, stages, cache)
+    assert (runs.folder, runs.needed, text.folder, text.needed) == (out, 5 * one, cache, 2e10)
 
 
 def test_of_an_unknown_gpu_no_time_and_no_price_is_invented():
     plan = make_plan(SpeedrunSettings(), gpus=8)
-    text = "\n".join(describe_plan(plan, stages_of(plan), here(gpu="Brandnew 1")))
+    text = "\n".join(describe_plan(plan, stages_of(plan), here(gpu="Brandnew 1"), []))
     assert "unknown  11.2 B tokens" in text
     assert "at least" in text
     assert "unknown: no price of this GPU" in text
@@ -241,7 +276,7 @@ def test_of_an_unknown_gpu_no_time_and_no_price_is_invented():
 def test_the_toys_dry_run():
     plan = make_plan(SpeedrunSettings(), gpus=0)
     here_ = here(gpu=None, gpus=0, gpu_memory=0, cpu_flops=50e9)
-    text = "\n".join(describe_plan(plan, stages_of(plan), here_))
+    text = "\n".join(describe_plan(plan, stages_of(plan), here_, []))
     assert "61.4 K tokens, 60 steps" in text
     assert "core       left out: offline, and no --core-bundle given" in text
     assert "money" not in text

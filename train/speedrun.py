@@ -35,6 +35,7 @@ from gptfast.speedrun import (
     StepFailedError,
     StoppedError,
     describe_plan,
+    disk_needs,
     follow,
     launch_command,
     make_plan,
@@ -70,11 +71,11 @@ def main() -> None:
     stages = read_flags(plan, nodes=settings.node.nodes)
     check_stages(stages, processes=plan.processes * settings.node.nodes)
     if settings.check or settings.dry_run:
-        here = Here.look(plan, settings.node.nodes, settings.out)
+        here = Here.look(plan, settings.node.nodes)
         if settings.check:
             raise SystemExit(check(plan, settings, stages, here))
-        price = settings.price_per_gpu_hour
-        print("\n".join(describe_plan(plan, stages, here, price_per_gpu_hour=price)))
+        disks, price = disk_needs(plan, stages, settings.cache), settings.price_per_gpu_hour
+        print("\n".join(describe_plan(plan, stages, here, disks, price_per_gpu_hour=price)))
         return
     raise SystemExit(run(plan, settings))
 

@@ -23,7 +23,8 @@ from gptfast.memory import GIB, USABLE_SHARE, largest_device_batch
 from gptfast.nvml import energy_counters, link_gb_per_second
 from gptfast.selfcheck.kernels import Case, kernel_cases, kernel_error
 from gptfast.selfcheck.links import all_reduce_gb_per_second
-from gptfast.speedrun.estimate import Here, config_of, disk_bytes, memory_estimate
+from gptfast.speedrun.disk import disk_needs
+from gptfast.speedrun.estimate import DiskNeed, Here, config_of, memory_estimate
 from gptfast.speedrun.plan import Plan
 from gptfast.speedrun.settings import SpeedrunSettings
 from gptfast.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def run_checks(
         "mid mixture": partial(check_mixture, stages["mid"].mixture, MID_TRAIN, MID_VAL),
         "sft mixture": partial(check_mixture, stages["sft"].mixture, SFT_TRAIN, SFT_VAL),
         "chat tasks": partial(check_chat_tasks, plan, settings),
-        "disk": partial(check_disk, plan, base, here),
+        "disk": partial(check_disk, disk_needs(plan, stages, settings.cache)),
         "GPUs": partial(check_gpus, plan),
         "memory": partial(check_memory, base, here),
         "links": partial(check_links, plan),
@@ -155,15 +156,16 @@ def check_chat_tasks(plan: Plan, settings: SpeedrunSettings) -> str:
     return f"in {settings.chat_data}{f'; left out: {left_out}' if left_out else ''}"
 
 
-def check_disk(plan: Plan, base: BaseSettings, here: Here) -> str:
-    needed, free = disk_bytes(plan, base), here.free_disk
-    try:
-        with tempfile.TemporaryFile(dir=here.disk):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {here.disk}: {error.strerror}; --out") from error
-    told = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free at {here.disk}"
-    if free < needed:
+def check_disk(disks: Sequence[DiskNeed]) -> str:
+    for need in disks:
+        try:
+            with tempfile.TemporaryFile(dir=need.folder):
+                pass
+        except OSError as error:
+            told = f"cannot write to {need.folder}: {error.strerror}; --out or --cache"
+            raise UserError(told) from error
+    told = ", ".join(map(str, disks))
+    if not all(need.enough for need in disks):
         advice = 'another --out or --cache, or fewer checkpoints: --base-flags="--keep 1"'
         raise UserError(f"{told}: {advice}")
     return told

@@ -3,11 +3,13 @@
 settings    what train/speedrun.py can be told
 plan        the steps: commands, results, what depends on what
 estimate    time, tokens, disk, memory and money of a plan on this machine
+disk        what has yet to be written, and the room for it
 state       what has been done, in a file that survives a SIGKILL
 runner      runs what is not done yet
 nodes       the same command on several nodes
 """
 
+from gptfast.speedrun.disk import disk_needs
 from gptfast.speedrun.estimate import Here, describe_plan
 from gptfast.speedrun.nodes import Followers, follow
 from gptfast.speedrun.plan import Plan, launch_command, make_plan
@@ -22,6 +24,7 @@ __all__ = [
     "StepFailedError",
     "StoppedError",
     "describe_plan",
+    "disk_needs",
     "follow",
     "launch_command",
     "make_plan",

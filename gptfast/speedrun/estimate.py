@@ -5,9 +5,8 @@ timestamps. Both are guesses until a run has been made, and say what they rest o
 """
 
 import math
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,9 @@ _START_SECONDS = {"gpu": 40.0, "cpu": 12.0}
 # other steps take (two cores, 2026-11-22).
 _CPU_SHARE = 0.3
 _CPU_SECONDS = {"tokenizer": 15, "loss": 30, "core": 600, "mid": 60, "sft": 60, "rl": 120}
-_SHARD_BYTES = 100e6
+SHARD_BYTES = 100e6
+# Of English, and a vocabulary of 65,536; train/base.py counts its own.
+CHARACTERS_PER_TOKEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,16 @@ class Here:
     gpus: int
     nodes: int
     gpu_memory: int
-    disk: Path
-    """The folder that exists and holds, or will hold, all results."""
-    free_disk: int
     cpu_flops: float
 
     @classmethod
-    def look(cls, plan: Plan, nodes: int, out: Path) -> "Here":
-        existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    def look(cls, plan: Plan, nodes: int) -> "Here":
         on = plan.on_gpu
         return cls(
             gpu=torch.cuda.get_device_name(0) if on else None,
             gpus=plan.processes if on else 0,
             nodes=nodes,
             gpu_memory=torch.cuda.get_device_properties(0).total_memory if on else 0,
-            disk=existing,
-            free_disk=shutil.disk_usage(existing).free,
             cpu_flops=0.0 if on else _measure_cpu(),
         )
 
@@ -98,8 +93,29 @@ class Estimate:
     disk: float = 0.0
 
 
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes to be written in a folder (the nearest one that exists), and bytes free there."""
+
+    folder: Path
+    needed: float
+    free: int
+
+    @property
+    def enough(self) -> bool:
+        return self.needed < self.free
+
+    def __str__(self) -> str:
+        return f"{self.needed / 1e9:.1f} GB of {self.free / 1e9:.1f} GB free at {self.folder}"
+
+
 def describe_plan(
-    plan: Plan, stages: Mapping[str, Any], here: Here, *, price_per_gpu_hour: float | None = None
+    plan: Plan,
+    stages: Mapping[str, Any],
+    here: Here,
+    disks: Sequence[DiskNeed],
+    *,
+    price_per_gpu_hour: float | None = None,
 ) -> list[str]:
     """Lines for a terminal: each step, then the totals.
 
@@ -114,11 +130,15 @@ def describe_plan(
         disk = f"{e.disk / 1e9:.1f} GB" if e.disk else ""
         lines.append(f"  {e.step:10} {took:>10}  {e.work:26} {disk:>8}  {e.ground}")
     lines += [f"  {name:10} left out: {why}" for name, why in plan.missing]
-    return [*lines, "", *_totals(found, stages["base"], here, price_per_gpu_hour)]
+    return [*lines, "", *_totals(found, stages["base"], here, disks, price_per_gpu_hour)]
 
 
 def _totals(
-    found: list[Estimate], base: BaseSettings, here: Here, asked: float | None
+    found: list[Estimate],
+    base: BaseSettings,
+    here: Here,
+    disks: Sequence[DiskNeed],
+    asked: float | None,
 ) -> list[str]:
     seconds = math.fsum(e.seconds or 0 for e in found)
     least = "at least " if any(e.seconds is None for e in found) else ""
@@ -130,9 +150,7 @@ def _totals(
         if rate:
             money = f"{least}${hours * rate.dollars:,.2f} at ${rate.dollars:.2f} ({rate.source})"
         lines += [f"GPUs    {least}{hours:.1f} GPU-hours", f"money   {money}"]
-    disk = math.fsum(e.disk for e in found)
-    enough = "" if disk < here.free_disk else "   TOO LITTLE"
-    lines.append(f"disk    {disk / 1e9:.1f} GB of {here.free_disk / 1e9:.1f} GB free{enough}")
+    lines += [f"disk    {need}{'' if need.enough else '   TOO LITTLE'}" for need in disks]
     room = f" of {here.gpu_memory / GIB:.1f} GiB a GPU" if here.gpu else " of main memory a process"
     return [*lines, f"memory  about {memory_estimate(base, here)}{room}, base training"]
 
@@ -145,16 +163,6 @@ def memory_estimate(base: BaseSettings, here: Here) -> MemoryEstimate:
     return estimate_memory(
         config, device_batch_size=optim.device_batch_size, **here.sharing(accumulates=accumulates)
     )
-
-
-def disk_bytes(plan: Plan, base: BaseSettings) -> float:
-    """Text, checkpoints of every stage that trains, tokenizer."""
-    stages = [name for name in ("mid", "sft", "rl") if plan.step(name)]
-    kept = (base.run.keep + 1) * checkpoint_bytes(config_of(base))
-    text = 0.0
-    if base.data.data == "fineweb-edu":
-        text = shards_for(steps_of(base) * base.optim.total_batch_size, 5.0) * _SHARD_BYTES
-    return (1 + len(stages)) * kept + text
 
 
 def estimate(step: Step, stages: Mapping[str, Any], here: Here) -> Estimate:
@@ -202,7 +210,7 @@ def _base(base: BaseSettings, here: Here) -> Estimate:
     seconds, ground = _training_seconds(config, work, steps, here)
     disk = (base.run.keep + 1) * checkpoint_bytes(config)
     if base.data.data == "fineweb-edu":
-        disk += shards_for(tokens, 5.0) * _SHARD_BYTES
+        disk += shards_for(tokens, CHARACTERS_PER_TOKEN) * SHARD_BYTES
     return Estimate("base", seconds, ground, f"{count(tokens)} tokens, {steps:,} steps", disk)
 
 
