@@ -207,6 +207,17 @@ def test_of_nothing_at_all_everything_is_shown_as_missing(tmp_path):
     assert html.count('<span class="badge">missing</span>') == 11
 
 
+def test_a_run_on_a_cpu_had_no_gpu_whatever_the_machine_has(tmp_path):
+    fake_runs.write_everything(tmp_path)
+    environment, state = tmp_path / "base-d20/environment.json", tmp_path / "speedrun-d20"
+    recorded = json.loads(environment.read_text())
+    fake_runs.write(environment, {**recorded, "device": "cpu"})
+    machine = {"machine": recorded, **json.loads((state / "speedrun.json").read_text())}
+    fake_runs.write(state / "speedrun.json", machine)
+    found = figures(build_report(read_folders([tmp_path])), "Environment")
+    assert found["GPUs"][0] == "none"
+
+
 def test_a_killed_run_is_unfinished_and_its_time_counts(tmp_path):
     run = fake_runs.write_base(tmp_path / "base-d20", steps=4000, every=40)
     assert (run / "metrics.jsonl").read_text().endswith('{"kind": "step", "st')

@@ -35,6 +35,8 @@ def machine_of(folders: Folders) -> dict[str, Any]:
     recorded |= dict(folders.speedrun.get("machine", {}))
     if first:
         recorded["processes"] = first.processes
+        # A machine has GPUs; whether they were used, the run knows.
+        recorded["device"] = first.environment.get("device", recorded.get("device"))
     return recorded
 
 
