@@ -48,9 +48,9 @@ class EnergyMeter:
     microseconds, and what other programs draw is in it.
     """
 
-    def __init__(self, only: int | None = None) -> None:
-        """Of all GPUs of this node that CUDA shows to us, or of the one with this number."""
-        self._which = slice(None) if only is None else slice(only, only + 1)
+    def __init__(self, gpus: range) -> None:
+        """Of the GPUs with these numbers, among those of this node that CUDA shows to us."""
+        self._which = slice(gpus.start, gpus.stop)
         self._start = energy_counters()[self._which]
 
     def joules(self) -> float | None:

@@ -230,7 +230,7 @@ class Stage:
             step_figures=step_figures,
             profiler=self._profiler(plan),
         )
-        meter = EnergyMeter(world.local_rank)
+        meter = EnergyMeter(range(world.local_rank, world.local_rank + 1))
         try:
             summary = trainer.run(start_step)
         finally:

@@ -7,7 +7,7 @@ from gptfast.nvml import EnergyMeter, gpu_names, link_gb_per_second
 
 def test_without_a_driver_energy_and_links_are_unknown(monkeypatch):
     monkeypatch.setattr("gptfast.nvml._library", lambda: None)
-    assert EnergyMeter().joules() is None
+    assert EnergyMeter(range(8)).joules() is None
     assert link_gb_per_second() is None
     assert gpu_names() == []
 
@@ -57,14 +57,14 @@ def test_energy_and_links_as_the_driver_tells_them(monkeypatch):
     monkeypatch.setattr("gptfast.nvml._library", lambda: driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_names() == [("NVIDIA H200", 141 * 10**9)] * 2
-    meters = EnergyMeter(), EnergyMeter(1)
+    meters = EnergyMeter(range(2)), EnergyMeter(range(1, 2))
     driver.millijoules += 700_000
     assert [meter.joules() for meter in meters] == [1400.0, 700.0]
     rate, by = link_gb_per_second()
     assert (rate, by) == (pytest.approx(478.116), "18 NVLinks")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-here,GPU-gone")
-    meter = EnergyMeter()
+    meter = EnergyMeter(range(2))
     driver.millijoules += 1_000
     assert meter.joules() == 1.0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert EnergyMeter().joules() is None
+    assert EnergyMeter(range(8)).joules() is None

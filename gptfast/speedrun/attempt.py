@@ -55,16 +55,16 @@ def locked(folder: Path, status: Callable[[str], None]) -> Iterator[int]:
 class Attempt:
     """A running process whose output goes to the end of a log.
 
-    stopped: whether it was asked to end.
+    gpus: how many of the node's it uses, the first ones. stopped: whether it was asked to end.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, lock: int, *, on_gpu: bool) -> None:
+    def __init__(self, command: Sequence[str], log: Path, lock: int, *, gpus: int) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.stopped = log, False
-        self._meter, self._began = EnergyMeter(), time.monotonic()
+        self._meter, self._began = EnergyMeter(range(gpus)), time.monotonic()
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        if not on_gpu:
+        if not gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with log.open("ab") as file:
             self._start = file.tell()
@@ -105,7 +105,7 @@ class Attempt:
 
     @property
     def joules(self) -> float | None:
-        """What the node's GPUs took since its start; None where they do not count."""
+        """What its GPUs took since its start; None where they do not count."""
         return self._meter.joules()
 
     def output(self) -> list[str]:

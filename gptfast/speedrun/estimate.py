@@ -60,7 +60,7 @@ class Here:
         on = plan.on_gpu
         return cls(
             gpu=torch.cuda.get_device_name(0) if on else None,
-            gpus=plan.processes if on else 0,
+            gpus=plan.gpus,
             nodes=nodes,
             gpu_memory=torch.cuda.get_device_properties(0).total_memory if on else 0,
             cpu_flops=0.0 if on else _measure_cpu(),

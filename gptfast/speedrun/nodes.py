@@ -91,7 +91,7 @@ def follow(
                     raise UserError(f"the first node runs {told['step']}: give all the same flags")
                 log = folder / f"{step.name}.log"
                 say(f"{step.name}: {log}")
-                attempt = Attempt(command(step, told["extra"]), log, lock, on_gpu=plan.on_gpu)
+                attempt = Attempt(command(step, told["extra"]), log, lock, gpus=plan.gpus)
                 code = attempt.wait(_Beat(store, node.node_rank))
                 result = json.dumps([code, attempt.joules])
                 store.set(f"result/{number}/{node.node_rank}", result)

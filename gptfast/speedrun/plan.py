@@ -62,6 +62,11 @@ class Plan:
     folders: dict[str, Path] = field(default_factory=dict)
     """tokenizer, base, mid, sft, rl -> where its results go."""
 
+    @property
+    def gpus(self) -> int:
+        """Of each node, how many are used."""
+        return self.processes if self.on_gpu else 0
+
     def step(self, name: str) -> "Step | None":
         return next((step for step in self.steps if step.name == name), None)
 

@@ -82,7 +82,7 @@ def run_plan(
             record = state.begin(step, log, anew=todo == ANEW)
             if others and step.distributed:
                 others.start(step, extra)
-            attempt = Attempt(command(step, extra), log, lock, on_gpu=plan.on_gpu)
+            attempt = Attempt(command(step, extra), log, lock, gpus=plan.gpus)
             watch = _Watch(attempt, record, state, console, place)
             codes = [attempt.wait(watch.look)]
             watch.account()
