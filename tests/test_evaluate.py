@@ -170,6 +170,10 @@ def test_a_runs_model_tokenizer_and_text_come_back(tmp_path):
     subject = load_subject(run, CPU, step=5)
     assert (subject.name, subject.out) == ("run (step 5)", run / "evaluation" / "step_000005")
     assert subject.identity["tokenizer"] == tokenizer.fingerprint
+    # Prompts of the chat tasks are read with it, so that what was scored with another is not kept.
+    assert subject.identity["attention"] == "math"
+    auto = load_subject(run, Placement(torch.device("cpu")), step=5)
+    assert auto.identity == {**subject.identity, "attention": "flash2"}
 
 
 def test_a_later_stages_tokenizer_is_where_its_checkpoint_says(tmp_path):

@@ -150,13 +150,14 @@ def load_subject(
     manifest = read_manifest(checkpoint)
     # First, as it is the sooner wrong.
     loaded = load_tokenizer(checkpoint, tokenizer)
+    model = load_model(checkpoint, placement)
     weights = {"step": manifest["step"], "files": manifest["files"]}
     return Subject(
         name=f"{run.name} (step {manifest['step']})",
         stage=manifest["meta"].get("stage") or stage_of(run),
-        model=load_model(checkpoint, placement),
+        model=model,
         tokenizer=loaded,
-        identity=weights | _circumstances(loaded, placement),
+        identity=weights | _circumstances(model, loaded, placement),
         out=run / "evaluation" / checkpoint.name,
     )
 
@@ -167,21 +168,23 @@ def random_subject(
     """A model that knows nothing, to see what guessing gives."""
     loaded = Tokenizer.load(tokenizer)
     config = GPTConfig.from_depth(depth, vocab_size=loaded.vocab_size, sequence_len=sequence_len)
+    model = random_model(config, placement)
     return Subject(
         name=f"random d{depth}",
         stage="base",
-        model=random_model(config, placement),
+        model=model,
         tokenizer=loaded,
-        identity={"random": config.to_dict()} | _circumstances(loaded, placement),
+        identity={"random": config.to_dict()} | _circumstances(model, loaded, placement),
         out=Path("runs") / f"random-d{depth}",
     )
 
 
-def _circumstances(tokenizer: Tokenizer, placement: Placement) -> dict[str, object]:
+def _circumstances(model: GPT, tokenizer: Tokenizer, placement: Placement) -> dict[str, object]:
     return {
         "tokenizer": tokenizer.fingerprint,
         "dtype": str(placement.torch_dtype),
         "kernels": placement.operators,
+        "attention": model.blocks[0].attention_backend,
     }
 
 
