@@ -203,7 +203,7 @@ def test_two_processes_score_as_one(tmp_path, model, tokenizer):
         assert (found[:, CORRECT] == alone[:, CORRECT]).all()
         np.testing.assert_allclose(found[:, MARGIN], alone[:, MARGIN], atol=2e-5, rtol=0)
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert names == ["a.json", "b.json", "c.json"]
+    assert names == ["a-25.json", "b-9.json", "c-3.json"]
 
 
 def test_what_is_known_is_not_asked_again(tmp_path, model, tokenizer, monkeypatch):
@@ -216,11 +216,11 @@ def test_what_is_known_is_not_asked_again(tmp_path, model, tokenizer, monkeypatc
 
     first = evaluate()
     # What two ranks leave if they are stopped: b by halves, c not at all.
-    content = json.loads((tmp_path / "b.json").read_text())
+    content = json.loads((tmp_path / "b-9.json").read_text())
     part = {**content, "outcomes": content["outcomes"][:5]}
-    (tmp_path / "b.rank1.json").write_text(json.dumps(part))
-    (tmp_path / "b.json").unlink()
-    (tmp_path / "c.json").unlink()
+    (tmp_path / "b-9.rank1.json").write_text(json.dumps(part))
+    (tmp_path / "b-9.json").unlink()
+    (tmp_path / "c-3.json").unlink()
     asked = []
 
     def ask(task: Task, indices: list[int]) -> np.ndarray:
@@ -241,6 +241,10 @@ def test_what_is_known_is_not_asked_again(tmp_path, model, tokenizer, monkeypatc
     assert [kind for kind, _ in asked] == ["Words"]
     evaluate(max_problems=2)
     assert [len(indices) for _, indices in asked[1:]] == [2, 2, 2]
+    asked.clear()
+    evaluate(Answering(max_new_tokens=9))
+    evaluate(max_problems=2)
+    assert asked == []
 
 
 # --- ChatCORE and the real tasks ------------------------------------------------------------------

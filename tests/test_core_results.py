@@ -119,11 +119,11 @@ def test_resumes_by_task_and_only_for_the_same_model(tmp_path, model, tokenizer,
         assert c.label == "arc_easy"
     assert evaluate("b")[0] == 0
     # What a stopped evaluation of three ranks leaves; any number of ranks goes on from there.
-    whole_file = tmp_path / "jeopardy.json"
+    whole_file = tmp_path / "jeopardy-13.json"
     content = json.loads(whole_file.read_text())
     outcomes = content["outcomes"]
     for rank, part in ((0, outcomes[:4]), (2, outcomes[4:9])):
-        path = tmp_path / f"jeopardy.rank{rank}.json"
+        path = tmp_path / f"jeopardy-13.rank{rank}.json"
         path.write_text(json.dumps({**content, "outcomes": part}))
     whole_file.unlink()
     again, resumed = evaluate("b")
@@ -131,10 +131,11 @@ def test_resumes_by_task_and_only_for_the_same_model(tmp_path, model, tokenizer,
     assert (resumed.tasks[4].outcomes == expected.tasks[4].outcomes).all()
     assert json.loads(whole_file.read_text()) == content
     assert not list(tmp_path.glob("*.rank*"))
-    # Another number of examples has other shots.
+    # Another number of examples has other shots, and costs nothing of what is known of all.
     assert evaluate("b", max_per_task=7)[0] > 0
+    assert evaluate("b")[0] == evaluate("b", max_per_task=7)[0] == 0
     whole_file.write_text("{")
-    with pytest.raises(UserError, match=r"jeopardy\.json is damaged"):
+    with pytest.raises(UserError, match=r"jeopardy-13\.json is damaged"):
         evaluate("b")
 
 

@@ -78,7 +78,9 @@ def test_base_on_two_processes_scores_as_one_and_as_one_at_a_time(tmp_path):
     model = random_model(config, CPU)
     expected = evaluate_core(Scorer(model), tokenizer, load_bundle(bundle_folder))
     for task in expected.tasks:
-        saved = json.loads((tmp_path / "o" / "core" / f"{task.label}.json").read_text())
+        saved = json.loads(
+            (tmp_path / "o" / "core" / f"{task.label}-{task.examples}.json").read_text()
+        )
         assert [bool(row[1]) for row in saved["outcomes"]] == (task.outcomes[:, 1] == 1).tolist()
     assert json.loads((tmp_path / "o" / "core.json").read_text())["core_metric_partial"] == (
         pytest.approx(expected.mean)
@@ -135,8 +137,8 @@ def test_chat_writes_results_and_the_reports_section(tmp_path):
     assert f"- ARC-Easy: {expected.tasks[0].accuracy:.4f}" in section
     assert section[-1].startswith("- ChatCORE metric: none, partial without ARC-Challenge, ")
     assert sorted(path.name for path in (out / "chat").iterdir()) == [
-        "ARC-Easy.json",
-        "GSM8K.json",
+        "ARC-Easy-8.json",
+        "GSM8K-5.json",
     ]
 
 

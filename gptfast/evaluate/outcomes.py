@@ -84,9 +84,10 @@ class Asked:
 class ResultStore:
     """Outcomes in a folder, so that an evaluation that was stopped goes on where it was.
 
-    `<task>.json` holds what was known when the last evaluation began or ended,
-    `<task>.rankN.json` what rank N has added since. Files of another model, or of other questions,
-    are not read; they are replaced when the task is done.
+    `<task>-<examples>.json` holds what was known when the last evaluation began or ended,
+    `<task>-<examples>.rankN.json` what rank N has added since. Files of another model, or of other
+    questions, are not read; they are replaced when the task is done. The first few examples of a
+    task have a file of their own, so that scoring those never costs what is known of all.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
@@ -98,7 +99,7 @@ class ResultStore:
         """Table of the outcomes known, in the one file that is left afterwards. One process."""
         table = np.zeros((asked.examples, COLUMNS))
         parts = self._parts(asked)
-        for path in (self.folder / f"{asked.label}.json", *parts):
+        for path in (self._whole(asked), *parts):
             for index, *outcome in self._read(path, self._key(asked)):
                 table[int(index)] = (1, *outcome)
         if parts:
@@ -107,16 +108,19 @@ class ResultStore:
 
     def save_part(self, asked: Asked, table: np.ndarray, rank: int) -> None:
         """What a rank has found for a task until now."""
-        self._write(self.folder / f"{asked.label}.rank{rank}.json", asked, table)
+        self._write(self._whole(asked).with_suffix(f".rank{rank}.json"), asked, table)
 
     def save(self, asked: Asked, table: np.ndarray) -> None:
         """What all ranks have found. One process."""
-        self._write(self.folder / f"{asked.label}.json", asked, table)
+        self._write(self._whole(asked), asked, table)
         for part in self._parts(asked):
             part.unlink(missing_ok=True)
 
+    def _whole(self, asked: Asked) -> Path:
+        return self.folder / f"{asked.label}-{asked.examples}.json"
+
     def _parts(self, asked: Asked) -> list[Path]:
-        return sorted(self.folder.glob(f"{asked.label}.rank*.json"))
+        return sorted(self.folder.glob(f"{self._whole(asked).stem}.rank*.json"))
 
     def _key(self, asked: Asked) -> dict[str, object]:
         key = {"identity": self.identity, "asked": dict(asked.key), "examples": asked.examples}
