@@ -113,7 +113,9 @@ def write_base(folder: Path, *, steps: int = STEPS, total: int = STEPS, every: i
     return folder
 
 
-def write_base_evaluation(run: Path, *, missing: tuple[str, ...] = ()) -> None:
+def write_base_evaluation(
+    run: Path, *, missing: tuple[str, ...] = (), first: int | None = None
+) -> None:
     out = run / "evaluation" / f"step_{STEPS:06d}"
     prompts = ("The capital of France is", "The chemical symbol of gold is")
     texts = [f"<|bos|>{prompt} what it is." for prompt in prompts]
@@ -123,9 +125,10 @@ def write_base_evaluation(run: Path, *, missing: tuple[str, ...] = ()) -> None:
         for i, name in enumerate(CORE_TASKS)
         if name not in missing
     }
-    key = "core_metric_partial" if missing else "core_metric"
+    key = "core_metric_partial" if missing or first else "core_metric"
     mean = sum(task["centered"] for task in tasks.values()) / len(tasks)
-    write(out / "core.json", {key: mean, "missing": list(missing), "tasks": tasks})
+    limits = {"missing": list(missing), "first_of_each_task": first}
+    write(out / "core.json", {key: mean, **limits, "tasks": tasks})
 
 
 def write_stage(folder: Path, stage: str, *, steps: int = 100) -> Path:
@@ -146,14 +149,18 @@ def write_stage(folder: Path, stage: str, *, steps: int = 100) -> Path:
     return folder
 
 
-def write_chat(run: Path, accuracy: float, *, leave_out: tuple[str, ...] = ()) -> None:
+def write_chat(
+    run: Path, accuracy: float, *, leave_out: tuple[str, ...] = (), first: int | None = None
+) -> None:
     tasks = {
         name: {"accuracy": accuracy, "centered": accuracy, "examples": 100}
         for name in CHAT_TASKS
         if name not in leave_out
     }
     metric = None if leave_out else accuracy
-    chat = {"chatcore_metric": metric, "missing": list(leave_out), "tasks": tasks}
+    key = "chatcore_metric_partial" if first else "chatcore_metric"
+    limits = {"missing": list(leave_out), "first_of_each_task": first}
+    chat = {key: metric, **limits, "tasks": tasks}
     write(run / "evaluation" / "step_000100" / "chat.json", chat)
 
 

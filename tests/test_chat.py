@@ -59,6 +59,8 @@ def test_letters_are_those_of_the_naive_evaluation(model, tokenizer, batch_size)
     assert evaluate_categorical(model, tokenizer, task) == expected[:, 0].mean()
     first = evaluate_categorical(model, tokenizer, task, max_problems=15)
     assert first == expected[:15, 0].mean()
+    for most, limit in ((15, 15), (40, None)):
+        assert evaluate_chat(model, tokenizer, {"x": task}, max_problems=most).first == limit
 
 
 def test_letters_in_several_chunks(model, tokenizer, monkeypatch):
@@ -250,7 +252,7 @@ def test_what_is_known_is_not_asked_again(tmp_path, model, tokenizer, monkeypatc
 # --- ChatCORE and the real tasks ------------------------------------------------------------------
 
 
-def result_of(**correct: int) -> ChatResult:
+def result_of(first: int | None = None, **correct: int) -> ChatResult:
     tasks = []
     for name, count in correct.items():
         table = np.zeros((8, 4))
@@ -259,7 +261,7 @@ def result_of(**correct: int) -> ChatResult:
         name = name.replace("_", "-")
         baseline = 0.25 if name in ("ARC-Easy", "ARC-Challenge", "MMLU") else 0.0
         tasks.append(TaskResult(name, baseline, table))
-    return ChatResult(tuple(tasks))
+    return ChatResult(tuple(tasks), first)
 
 
 def test_chatcore_by_hand_and_only_of_all_five():
@@ -286,6 +288,16 @@ def test_chatcore_by_hand_and_only_of_all_five():
     summary = f"ChatCORE metric: none, partial without {', '.join(missing)}"
     assert some.section({}).splitlines()[-1] == f"- {summary}"
     assert some.table().splitlines()[-1] == summary
+
+
+def test_chatcore_of_the_first_problems_says_so():
+    result = result_of(8, ARC_Easy=5, ARC_Challenge=2, MMLU=4, GSM8K=1, HumanEval=3)
+    summary = f"ChatCORE metric (first 8 of each task): {result.metric:.4f}"
+    assert result.section({}).splitlines()[-1] == f"- {summary}"
+    assert result.table().splitlines()[-1] == summary
+    saved = result.as_dict()
+    assert (saved["chatcore_metric_partial"], saved["first_of_each_task"]) == (result.metric, 8)
+    assert "chatcore_metric" not in saved
 
 
 @pytest.mark.skipif(not CHAT_EVAL.is_dir(), reason=f"no {CHAT_EVAL}")

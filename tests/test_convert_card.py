@@ -59,6 +59,22 @@ def test_the_card_tells_what_the_run_tells(trained, tmp_path):
     assert "apply_chat_template" in card.text
 
 
+def test_scores_of_the_first_examples_have_other_names_and_no_metadata(trained, tmp_path):
+    write_run(tmp_path, trained, origin="somewhere")
+    evaluation = tmp_path / "evaluation" / "step_000042"
+    evaluation.mkdir(parents=True)
+    limits = {"missing": [], "first_of_each_task": 20}
+    tasks = {"ARC-Easy": {"accuracy": 0.3876, "centered": 0.18}}
+    chat = {"chatcore_metric_partial": 0.25, **limits, "tasks": tasks}
+    write_json(evaluation / "chat.json", chat)
+    write_json(evaluation / "core.json", {"core_metric_partial": 0.2219, **limits, "tasks": {}})
+    card = model_card(tmp_path, trained, name="d20")
+    assert card.data.eval_results is None
+    assert f"| CORE | {MISSING} |" in card.text
+    for name, score in (("CORE", "0.2219"), ("ChatCORE", "0.2500"), ("ARC-Easy", "0.3876")):
+        assert f"| {name}, first 20 of each task | {score} |" in card.text
+
+
 def test_the_card_of_a_run_that_tells_nothing_says_so(trained, tmp_path):
     write_run(tmp_path / "run", trained, origin="a checkpoint of nanochat", stage="base")
     card = model_card(tmp_path / "run", trained, name="m")

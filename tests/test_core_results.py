@@ -35,14 +35,18 @@ def model() -> GPT:
     return make_model()
 
 
-def result_of(*accuracies: tuple[str, int, int, float], missing: tuple[str, ...] = ()):
+def result_of(
+    *accuracies: tuple[str, int, int, float],
+    missing: tuple[str, ...] = (),
+    first: int | None = None,
+) -> CoreResult:
     tasks = []
     for label, correct, examples, baseline in accuracies:
         outcomes = np.zeros((examples, 4))
         outcomes[:, 0] = 1
         outcomes[:correct, CORRECT] = 1
         tasks.append(TaskResult(label, baseline, outcomes))
-    return CoreResult(tuple(tasks), missing)
+    return CoreResult(tuple(tasks), missing, first)
 
 
 def test_centred_scores_and_their_mean_by_hand(tmp_path):
@@ -75,6 +79,24 @@ def test_a_metric_without_all_tasks_is_named_partial(bundle):
     assert result.name in result.section("m")
     assert result.name in result.table()
     assert result.as_dict()["missing"] == ["coqa", "boolq"]
+
+
+def test_a_metric_of_the_first_examples_says_so_everywhere(tmp_path):
+    result = result_of(("copa", 7, 10, 0.5), first=1000)
+    assert result.name == "CORE metric (first 1,000 of each task)"
+    assert result.as_dict() == {
+        "core_metric_partial": pytest.approx(0.4),
+        "missing": [],
+        "first_of_each_task": 1000,
+        "tasks": {"copa": result.tasks[0].as_dict()},
+    }
+    assert f"- {result.name}: 0.4000\n" in result.section("m")
+    assert result.table().endswith(f"\n{result.name}: 0.4000")
+    result.write_csv(tmp_path / "core.csv")
+    assert (tmp_path / "core.csv").read_text().splitlines()[-1].startswith(f'"{result.name}",')
+    both = result_of(("copa", 7, 10, 0.5), missing=("coqa",), first=10)
+    limits = "1 of 22 tasks, without coqa; first 10 of each task"
+    assert both.name == f"CORE metric, partial ({limits})"
 
 
 def test_ranks_share_all_examples_and_carry_nearly_the_same(tokenizer, bundle):
@@ -132,8 +154,12 @@ def test_resumes_by_task_and_only_for_the_same_model(tmp_path, model, tokenizer,
     assert json.loads(whole_file.read_text()) == content
     assert not list(tmp_path.glob("*.rank*"))
     # Another number of examples has other shots, and costs nothing of what is known of all.
-    assert evaluate("b", max_per_task=7)[0] > 0
+    cut, result = evaluate("b", max_per_task=7)
+    assert cut > 0
+    assert result.first == 7
     assert evaluate("b")[0] == evaluate("b", max_per_task=7)[0] == 0
+    # Nothing is left out: arc_easy has the most examples, 14.
+    assert evaluate("b", max_per_task=14)[1].first is None
     whole_file.write_text("{")
     with pytest.raises(UserError, match=r"jeopardy-13\.json is damaged"):
         evaluate("b")

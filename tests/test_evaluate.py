@@ -135,7 +135,8 @@ def test_chat_writes_results_and_the_reports_section(tmp_path):
     assert section[0] == "## Chat evaluation sft"
     assert f"- source: {run}" in section
     assert f"- ARC-Easy: {expected.tasks[0].accuracy:.4f}" in section
-    assert section[-1].startswith("- ChatCORE metric: none, partial without ARC-Challenge, ")
+    assert section[-1].startswith("- ChatCORE metric (first 8 of each task): none, ")
+    assert saved["first_of_each_task"] == 8
     assert sorted(path.name for path in (out / "chat").iterdir()) == [
         "ARC-Easy-8.json",
         "GSM8K-5.json",

@@ -1,12 +1,14 @@
-"""What a report is made with: charts, spelling, prices, the machine and the code's size."""
+"""What a report is made with: charts, spelling, the reference, the machine and the code's size."""
 
 import json
 import xml.etree.ElementTree as ET
 
 import pytest
 
+from gptfast import hardware
 from gptfast.machine import code_size, dependencies, describe_machine
 from gptfast.report.charts import Level, Line, bar_steps, line_chart, pairs, standalone, ticks
+from gptfast.report.reference import gpu_peak, reference
 from gptfast.report.spelling import count, duration, spell
 
 
@@ -73,3 +75,25 @@ def test_machine_and_code_are_described(tmp_path):
     (tmp_path / "a.py").write_text("x = 1\ny = 2\n")
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
     assert code_size(tmp_path) == {"characters": 12, "lines": 2, "files": 1}
+
+
+def test_the_references_mfu_follows_from_its_time():
+    """21.02 % of 989 TFLOP/s is the last step's; its whole run comes to 20.92."""
+    base = reference()["sections"]["Base model training"]
+    rate = base["Total training flops"] / (60 * base["Total training time"]) / 8
+    assert 100 * rate / hardware.REPORT_PEAK_FLOPS == pytest.approx(20.92, abs=0.01)
+    own = base["MFU %"] * hardware.REPORT_PEAK_FLOPS / gpu_peak()
+    assert own == pytest.approx(66.63, abs=0.01)
+
+
+def test_reference_json_holds_the_references_own_numbers():
+    sections = reference()["sections"]
+    core = sections["Base model evaluation"]
+    tasks = [value for name, value in core.items() if name not in ("Model", "CORE metric")]
+    assert len(tasks) == 22
+    assert sum(tasks) / 22 == pytest.approx(core["CORE metric"], abs=5e-5)
+    baselines = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0, "HumanEval": 0}
+    for stage in ("mid", "sft"):
+        chat = sections[f"Chat evaluation {stage}"]
+        centred = [(chat[task] - b) / (1 - b) for task, b in baselines.items()]
+        assert sum(centred) / 5 == pytest.approx(chat["ChatCORE metric"], abs=5e-5)

@@ -8,7 +8,8 @@
 
 A base model's evaluation is bits per byte on training and validation text, seven prompts continued
 greedily, and CORE. A chat model's is ARC, MMLU, GSM8K and HumanEval. What was scored of CORE and of
-the chat tasks is kept: run again, a stopped evaluation goes on.
+the chat tasks is kept: run again, a stopped evaluation goes on. The results are those of the newest
+evaluation; after one of the first examples only, asking for all again scores nothing twice.
 """
 
 import sys
@@ -95,7 +96,7 @@ class BaseSettings(ModelSettings):
     bundle: Path | None = None
     """Folder of the CORE bundle; fetched (162 MB) otherwise."""
     max_per_task: int | None = None
-    """Examples of each CORE task; all otherwise."""
+    """Score only the first examples of each CORE task, and say so with the result."""
     batch_tokens: int = BATCH_TOKENS
     """Tokens in one forward pass for CORE."""
     compare_one_at_a_time: bool = False
@@ -129,7 +130,7 @@ class ChatSettings(ModelSettings):
     data: Path | None = None
     """Folder with arc, mmlu, gsm8k and humaneval as on the Hub; fetched (60 MB) otherwise."""
     max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None
-    """Problems of each task; all otherwise."""
+    """Ask only the first problems of each task, and say so with the result."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
     """The most questions in one pass, and answers written together; else what fills a GPU."""
 

@@ -13,6 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from gptfast.chat_data import MID_TRAIN, SFT_TRAIN
 from gptfast.convert.trained import TrainedModel
 from gptfast.data.fineweb import REPO as FINEWEB_EDU
+from gptfast.evaluate.outcomes import of_the_first
+from gptfast.report.figures import metric_of
 from gptfast.report.runs import Run, read_run, stage_of
 from gptfast.tasks import CHAT_TASKS
 
@@ -162,20 +164,31 @@ def _evaluations(folder: Path) -> dict[str, Mapping]:
 
 def _scores(evaluations: Mapping[str, Mapping]) -> dict[str, str | None]:
     loss, core, chat = (evaluations.get(name, {}) for name in ("loss", "core", "chat"))
+    part = _part(chat)
     rows = {
         "Training text, bits per byte": loss.get("train_bpb"),
         "Validation text, bits per byte": loss.get("val_bpb"),
         "CORE": core.get("core_metric"),
-        "ChatCORE": chat.get("chatcore_metric"),
-        **{label: chat.get("tasks", {}).get(label, {}).get("accuracy") for label in CHAT_TASKS},
+        f"ChatCORE{part}": metric_of(chat, "chatcore_metric"),
+        **{
+            f"{label}{part}": chat.get("tasks", {}).get(label, {}).get("accuracy")
+            for label in CHAT_TASKS
+        },
     }
     if "core_metric_partial" in core:
-        rows[f"CORE without {', '.join(core['missing'])}"] = core["core_metric_partial"]
+        without = f" without {', '.join(core['missing'])}" if core["missing"] else ""
+        rows[f"CORE{without}{_part(core)}"] = core["core_metric_partial"]
     return {name: None if value is None else f"{value:.4f}" for name, value in rows.items()}
 
 
+def _part(evaluation: Mapping) -> str:
+    """How the name of a score goes on that is not of all examples."""
+    first = evaluation.get("first_of_each_task")
+    return f", {of_the_first(first)}" if first else ""
+
+
 def _results(evaluations: Mapping[str, Mapping], data: str | None) -> list[EvalResult]:
-    """The scores that the Hub can show."""
+    """The scores that the Hub can show: those of all examples, as it cannot tell others apart."""
 
     def result(dataset: str, name: str, metric: str, value: float, **more: Any) -> EvalResult:
         return EvalResult("text-generation", dataset, name, metric, round(value, 6), **more)
@@ -187,7 +200,8 @@ def _results(evaluations: Mapping[str, Mapping], data: str | None) -> list[EvalR
         results.append(result(text, text, "bits_per_byte", loss["val_bpb"]))
     if "core_metric" in core:
         results.append(result("core", "CORE, 22 tasks", "centered_accuracy", core["core_metric"]))
-    for label, task in chat.get("tasks", {}).items():
+    tasks = {} if _part(chat) else chat.get("tasks", {})
+    for label, task in tasks.items():
         dataset, config = _DATASETS.get(label, (label, "default"))
         more = {"dataset_config": config, "dataset_split": "test"}
         results.append(result(dataset, label, "accuracy", task["accuracy"], **more))

@@ -22,6 +22,7 @@ from gptfast.evaluate.outcomes import (
     ResultStore,
     TaskResult,
     complete_outcomes,
+    cut_to,
     known_outcomes,
     place_of,
 )
@@ -64,6 +65,7 @@ def evaluate_chat(
             be run here.
     """
     answering = answering or Answering()
+    first = cut_to(max_problems, map(len, tasks.values()))
     tasks = {name: task[:max_problems] for name, task in tasks.items()}
     # Without a store nothing has to be told from anything.
     asked = [
@@ -89,7 +91,7 @@ def evaluate_chat(
     results = [
         TaskResult(name, task.baseline, table) for (name, task), table in zip(tasks.items(), tables)
     ]
-    return ChatResult(tuple(results))
+    return ChatResult(tuple(results), first)
 
 
 def evaluate_categorical(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptfast.evaluate.outcomes import TaskResult, result_table
+from gptfast.evaluate.outcomes import TaskResult, of_the_first, result_table
 from gptfast.tasks import CHAT_TASKS
 
 _NAME = "ChatCORE metric"
@@ -11,7 +11,10 @@ _NAME = "ChatCORE metric"
 
 @dataclass(frozen=True)
 class ChatResult:
+    """first: how many problems of each task were asked at most; None: all."""
+
     tasks: tuple[TaskResult, ...]
+    first: int | None = None
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -27,6 +30,11 @@ class ChatResult:
         five = [task.centered for task in self.tasks if task.label in CHAT_TASKS]
         return sum(five) / len(five)
 
+    @property
+    def key(self) -> str:
+        """The metric's name in files; another one if it is not comparable with ChatCORE."""
+        return "chatcore_metric_partial" if self.first else "chatcore_metric"
+
     def section(self, arguments: Mapping[str, object]) -> str:
         """The report's "Chat evaluation", Markdown."""
         lines = [f"{name}: {value}" for name, value in arguments.items()]
@@ -39,8 +47,9 @@ class ChatResult:
     def as_dict(self) -> dict[str, object]:
         """JSON values."""
         return {
-            "chatcore_metric": self.metric,
+            self.key: self.metric,
             "missing": list(self.missing),
+            "first_of_each_task": self.first,
             "tasks": {task.label: task.as_dict() for task in self.tasks},
         }
 
@@ -50,6 +59,7 @@ class ChatResult:
 
     @property
     def _summary(self) -> str:
+        name = f"{_NAME} ({of_the_first(self.first)})" if self.first else _NAME
         if self.metric is None:
-            return f"{_NAME}: none, partial without {', '.join(self.missing)}"
-        return f"{_NAME}: {self.metric:.4f}"
+            return f"{name}: none, partial without {', '.join(self.missing)}"
+        return f"{name}: {self.metric:.4f}"

@@ -22,6 +22,7 @@ from gptfast.evaluate.outcomes import (
     ResultStore,
     TaskResult,
     complete_outcomes,
+    cut_to,
     known_outcomes,
     place_of,
 )
@@ -87,7 +88,8 @@ def evaluate_core(
     results = [
         TaskResult(task.label, task.baseline, table) for task, table in zip(bundle.tasks, tables)
     ]
-    return CoreResult(tuple(results), bundle.missing)
+    first = cut_to(max_per_task, (len(task.examples) for task in bundle.tasks))
+    return CoreResult(tuple(results), bundle.missing, first)
 
 
 def _asked(prompter: Prompter) -> Asked:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gptfast.evaluate.core_bundle import CORE_TASKS, LANGUAGE_MODELING
-from gptfast.evaluate.outcomes import TaskResult, result_table
+from gptfast.evaluate.outcomes import TaskResult, of_the_first, result_table
 
 
 def judge(scores: np.ndarray, gold: int, kind: str) -> tuple[bool, float]:
@@ -27,27 +27,33 @@ def judge(scores: np.ndarray, gold: int, kind: str) -> tuple[bool, float]:
 
 @dataclass(frozen=True)
 class CoreResult:
-    """All tasks. missing: tasks of CORE that the bundle does not have."""
+    """All tasks. missing: tasks of CORE that the bundle does not have. first: how many examples of
+    each task were scored at most; None: all."""
 
     tasks: tuple[TaskResult, ...]
     missing: tuple[str, ...]
+    first: int | None = None
 
     @property
     def mean(self) -> float:
-        """Mean of the centred accuracies: the CORE metric if no task is missing."""
+        """Mean of the centred accuracies: the CORE metric if nothing was left out."""
         return sum(task.centered for task in self.tasks) / len(self.tasks)
 
     @property
     def key(self) -> str:
         """The metric's name in logs; another one if it is not comparable with CORE."""
-        return "core_metric_partial" if self.missing else "core_metric"
+        return "core_metric_partial" if self.missing or self.first else "core_metric"
 
     @property
     def name(self) -> str:
-        if not self.missing:
-            return "CORE metric"
-        count = f"{len(self.tasks)} of {len(CORE_TASKS)} tasks"
-        return f"CORE metric, partial ({count}, without {', '.join(self.missing)})"
+        name, limits = "CORE metric", []
+        if self.missing:
+            name += ", partial"
+            count = f"{len(self.tasks)} of {len(CORE_TASKS)} tasks"
+            limits.append(f"{count}, without {', '.join(self.missing)}")
+        if self.first:
+            limits.append(of_the_first(self.first))
+        return f"{name} ({'; '.join(limits)})" if limits else name
 
     def section(self, model: str) -> str:
         """The report's "Base model evaluation", Markdown."""
@@ -61,7 +67,8 @@ class CoreResult:
     def as_dict(self) -> dict[str, object]:
         """JSON values: the metric under its key, and each task's figures."""
         tasks = {task.label: task.as_dict() for task in self.tasks}
-        return {self.key: self.mean, "missing": list(self.missing), "tasks": tasks}
+        limits = {"missing": list(self.missing), "first_of_each_task": self.first}
+        return {self.key: self.mean, **limits, "tasks": tasks}
 
     def table(self) -> str:
         """What a terminal shows."""

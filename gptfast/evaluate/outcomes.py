@@ -6,7 +6,7 @@ that were not scored are zero, so that tables of several ranks add up.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,16 @@ class TaskResult:
         """JSON values."""
         figures = ("accuracy", "centered", "standard_error", "examples", "cropped")
         return {name: getattr(self, name) for name in figures}
+
+
+def cut_to(limit: int | None, sizes: Iterable[int]) -> int | None:
+    """How many examples of each task are scored; None if the limit leaves none out."""
+    return limit if limit is not None and any(size > limit for size in sizes) else None
+
+
+def of_the_first(limit: int) -> str:
+    """How a score is marked that is of no more examples of each task."""
+    return f"first {limit:,} of each task"
 
 
 def result_table(tasks: Sequence[TaskResult]) -> str:

@@ -181,6 +181,13 @@ def recorded(run: Run, name: str) -> object:
     return run.summary.get(name, _last(run, name))
 
 
+def metric_of(evaluation: Mapping, name: str) -> float | None:
+    """CORE or ChatCORE, be it of the first examples of each task; None if a task is missing."""
+    if evaluation.get("missing"):
+        return None
+    return evaluation.get(name, evaluation.get(f"{name}_partial"))
+
+
 def percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptfast import hardware
+from gptfast.evaluate.outcomes import of_the_first
 from gptfast.machine import code_size, dependencies
 from gptfast.memory import GIB
 from gptfast.report.cost import Cost
@@ -11,19 +12,21 @@ from gptfast.report.document import (
     ABSENT,
     DONE,
     UNFINISHED,
+    Block,
     Cell,
     Fact,
     Facts,
     Section,
     Table,
+    Text,
     Tile,
     anchor_of,
 )
-from gptfast.report.figures import achieved_flops, model_config, training_flops
+from gptfast.report.figures import achieved_flops, metric_of, model_config, training_flops
 from gptfast.report.reference import gpu_peak, reference
 from gptfast.report.runs import Folders, Run
 from gptfast.report.sections import BASE, CHAT, CORE, LOSS, TOKENIZER, TRAINING
-from gptfast.report.spelling import MISSING, short_gpu, spell, times
+from gptfast.report.spelling import MISSING, short_gpu, spell, spell_score, spell_scores, times
 
 _STAGE_NAMES = {"base": "Base", "mid": "Mid-training", "sft": "SFT", "rl": "RL"}
 
@@ -128,9 +131,9 @@ def tiles(folders: Folders, cost: Cost) -> tuple[Tile, ...]:
     own = base.steady("mfu_own_peak") if base else None
     ours_of_own = f"{100 * own:.1f} % of its own peak; " if own else ""
     loss = base.evaluations.get("loss", {}).get("val_bpb") if base else None
-    core = base.evaluations.get("core", {}).get("core_metric") if base else None
+    core = base.evaluations.get("core", {}) if base else {}
     sft = folders.runs.get("sft")
-    chat = sft.evaluations.get("chat", {}).get("chatcore_metric") if sft else None
+    chat = sft.evaluations.get("chat", {}) if sft else {}
     return (
         Tile(
             "MFU of 989 TFLOP/s",
@@ -147,14 +150,21 @@ def tiles(folders: Folders, cost: Cost) -> tuple[Tile, ...]:
             "" if same_model else "of another model than the reference's",
         ),
         Tile("Bits per byte", spell(loss), spell(theirs[LOSS]["val bpb"])),
-        Tile("CORE", spell(core), spell(theirs[CORE]["CORE metric"])),
-        Tile(
+        _score_tile("CORE", core, "core_metric", theirs[CORE]["CORE metric"]),
+        _score_tile(
             "ChatCORE after SFT",
-            spell(chat),
-            spell(theirs[CHAT["sft"]]["ChatCORE metric"]),
+            chat,
+            "chatcore_metric",
+            theirs[CHAT["sft"]]["ChatCORE metric"],
         ),
         *cost.tiles(),
     )
+
+
+def _score_tile(label: str, evaluation: Mapping, metric: str, theirs: float) -> Tile:
+    first = evaluation.get("first_of_each_task")
+    ours = spell(metric_of(evaluation, metric))
+    return Tile(label, ours, spell(theirs), note=of_the_first(first) if first else "")
 
 
 def stages(folders: Folders) -> tuple[tuple[str, str, str], ...]:
@@ -227,19 +237,23 @@ def summary(folders: Folders) -> Section:
         for name in ("CORE", *middle, "ChatCORE")
     )
     columns = ("Metric", *(stage.upper() for stage in TRAINING))
-    return Section("Summary", (Table(columns, rows),), lead=True)
+    blocks: list[Block] = [Table(columns, rows)]
+    evaluations = [found for run in folders.runs.values() for found in run.evaluations.values()]
+    if any(found.get("first_of_each_task") for found in evaluations):
+        blocks.append(Text("first N: of the first N of each task; the reference's are of all."))
+    return Section("Summary", tuple(blocks), lead=True)
 
 
-def stage_metrics(run: Run | None) -> dict[str, Any]:
-    """What the summary tells of a stage: metric -> value, None where it is not to be had."""
+def stage_metrics(run: Run | None) -> dict[str, str | None]:
+    """What the summary tells of a stage: metric -> as spelled, None where it is not to be had."""
     if run is None:
         return {}
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, str | None] = {}
     if core := run.evaluations.get("core"):
-        metrics["CORE"] = core.get("core_metric")
+        metrics["CORE"] = spell_score(metric_of(core, "core_metric"), core)
     if chat := run.evaluations.get("chat"):
-        metrics |= {task: figures["accuracy"] for task, figures in chat["tasks"].items()}
-        metrics["ChatCORE"] = chat.get("chatcore_metric")
+        metrics |= spell_scores(chat, "accuracy")
+        metrics["ChatCORE"] = spell_score(metric_of(chat, "chatcore_metric"), chat)
     return metrics
 
 

@@ -24,10 +24,10 @@ from gptfast.report.document import (
     Table,
     Text,
 )
-from gptfast.report.figures import RESULTS
+from gptfast.report.figures import RESULTS, metric_of
 from gptfast.report.reference import ALIASES, gpu_peak, reference
 from gptfast.report.runs import Folders, Run, leaves
-from gptfast.report.spelling import MISSING, short_gpu, spell
+from gptfast.report.spelling import MISSING, short_gpu, spell, spell_score, spell_scores
 
 TOKENIZER, TOKENIZER_EVALUATION = "Tokenizer training", "Tokenizer evaluation"
 BASE, LOSS, CORE = "Base model training", "Base model loss", "Base model evaluation"
@@ -200,8 +200,8 @@ def base_evaluation(run: Run | None) -> Section:
     ours: dict[str, Any] = {}
     if run and core:
         ours["Model"] = f"{run.folder.name} (step {run.meta.get('step', run.steps_done)})"
-        ours["CORE metric"] = core.get("core_metric")
-        ours |= {task: figures["centered"] for task, figures in core["tasks"].items()}
+        ours["CORE metric"] = spell_score(metric_of(core, "core_metric"), core)
+        ours |= spell_scores(core, "centered")
     # nanochat's dev/LEADERBOARD.md: 0.2512 to 0.2677.
     note = "mean of the 22 centred accuracies; seven runs alike of nanochat were 0.017 apart"
     blocks: list[Block] = [Facts(side_by_side(ours, _theirs(CORE), {"CORE metric": note}))]
@@ -212,7 +212,7 @@ def base_evaluation(run: Run | None) -> Section:
         text = f"{len(missing)} of 22 tasks are missing ({', '.join(missing)}), so there is no CORE"
         text += f" metric; the mean of the others, comparable with nothing, is {partial:.4f}."
         blocks.insert(0, Text(text, warning=True))
-    return _evaluation(CORE, run, "core", blocks)
+    return _evaluation(CORE, run, "core", _warned(blocks, core))
 
 
 def chat_evaluation(stage: str, run: Run | None) -> Section:
@@ -222,13 +222,22 @@ def chat_evaluation(stage: str, run: Run | None) -> Section:
     results: dict[str, Any] = {}
     if chat:
         settings = {**_renamed(dict(chat.get("arguments", {})), theirs), "source": stage}
-        results = {task: figures["accuracy"] for task, figures in chat["tasks"].items()}
-        results["ChatCORE metric"] = chat.get("chatcore_metric")
+        results = spell_scores(chat, "accuracy")
+        results["ChatCORE metric"] = spell_score(metric_of(chat, "chatcore_metric"), chat)
     blocks = _settings_and_results(settings, results, theirs)
     if chat.get("missing"):
         missing = ", ".join(sorted(chat["missing"]))
         blocks.insert(0, Text(f"Not evaluated: {missing}; so no ChatCORE.", warning=True))
-    return _evaluation(title, run, "chat", blocks)
+    return _evaluation(title, run, "chat", _warned(blocks, chat))
+
+
+def _warned(blocks: list[Block], evaluation: Mapping) -> list[Block]:
+    """Below a warning, if not all examples were scored."""
+    first = evaluation.get("first_of_each_task")
+    if not first:
+        return blocks
+    text = f"Scored on the first {first:,} examples of each task only; the reference's are of all."
+    return [Text(text, warning=True), *blocks]
 
 
 def _evaluation(title: str, run: Run | None, name: str, blocks: list[Block]) -> Section:

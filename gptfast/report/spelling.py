@@ -1,5 +1,7 @@
 """How figures are spelled: as the reference report does, where it has them."""
 
+from collections.abc import Mapping
+
 # What stands for a figure that is not there.
 MISSING = "–"
 # What the reference report spells in its own way; {} is the figure.
@@ -38,6 +40,21 @@ def spell(value: object, label: str = "") -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or MISSING
     return str(value)
+
+
+def spell_score(value: float | None, evaluation: Mapping) -> str | None:
+    """ "0.2084", and "0.2084, first 20" if the evaluation is of the first 20 of each task; None if
+    there is no score."""
+    if value is None:
+        return None
+    first = evaluation.get("first_of_each_task")
+    return f"{spell(value)}, first {first:,}" if first else spell(value)
+
+
+def spell_scores(evaluation: Mapping, figure: str) -> dict[str, str | None]:
+    """This figure of each of the evaluation's tasks, spelled as a score."""
+    tasks = evaluation["tasks"].items()
+    return {task: spell_score(figures[figure], evaluation) for task, figures in tasks}
 
 
 def duration(seconds: float | None) -> str:
