@@ -300,6 +300,25 @@ def test_chatcore_of_the_first_problems_says_so():
     assert "chatcore_metric" not in saved
 
 
+def test_chatcore_with_tasks_of_an_earlier_result(tmp_path):
+    whole = result_of(ARC_Easy=5, ARC_Challenge=2, MMLU=4, GSM8K=1, HumanEval=3)
+    saved = {**whole.as_dict(), "circumstances": "as now"}
+    (tmp_path / "chat.json").write_text(json.dumps(saved))
+    better = result_of(GSM8K=8)
+    joined = better.with_earlier(tmp_path / "chat.json", "as now")
+    assert list(joined.figures) == list(CHAT_TASKS)
+    assert joined.figures["GSM8K"]["accuracy"] == 1.0
+    assert joined.metric == pytest.approx(whole.metric + 0.875 / 5)
+    lines = joined.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "GSM8K", "ChatCORE"]
+    assert lines[-1].endswith("(with ARC-Easy, ARC-Challenge, MMLU, HumanEval of before)")
+    # The limit may have left out problems of the earlier tasks alone.
+    (tmp_path / "cut.json").write_text(json.dumps({**saved, "first_of_each_task": 8}))
+    assert better.with_earlier(tmp_path / "cut.json", "as now").first == 8
+    assert better.with_earlier(tmp_path / "chat.json", "otherwise") == better
+    assert better.with_earlier(tmp_path / "none.json", "as now") == better
+
+
 @pytest.mark.skipif(not CHAT_EVAL.is_dir(), reason=f"no {CHAT_EVAL}")
 def test_the_five_real_tasks(tmp_path):
     names = tuple(CHAT_TASKS)

@@ -35,6 +35,7 @@ from gptfast.run import write_json
 from gptfast.tasks import chat_task
 from gptfast.tokenizer import Tokenizer
 from tests.core_cases import VOCAB, make_model, make_tokenizer, write_bundle
+from train import evaluate as recipe
 
 ROOT = Path(__file__).parent.parent
 CPU = Placement(torch.device("cpu"), attention="math")
@@ -98,15 +99,21 @@ def write_split(folder: Path, split: str, rows: list[dict]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
 
 
-def test_chat_writes_results_and_the_reports_section(tmp_path):
+def write_chat_data(folder: Path) -> Path:
+    """Nine questions of ARC-Easy and five of GSM8K."""
     choices = {"text": ["a river", "a stone", "songs"], "label": ["A", "B", "C"]}
     questions = [
         {"question": f"what is {i}?", "choices": choices, "answerKey": "ABC"[i % 3]}
         for i in range(9)
     ]
-    write_split(tmp_path / "data" / "arc" / "ARC-Easy", "test", questions)
+    write_split(folder / "arc" / "ARC-Easy", "test", questions)
     problems = [{"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>>\n#### 7"} for i in range(5)]
-    write_split(tmp_path / "data" / "gsm8k" / "main", "test", problems)
+    write_split(folder / "gsm8k" / "main", "test", problems)
+    return folder
+
+
+def test_chat_writes_results_and_the_reports_section(tmp_path):
+    write_chat_data(tmp_path / "data")
     model, tokenizer = make_model(), make_tokenizer()
     tokenizer.save(tmp_path / "tokenizer")
     meta = {"tokenizer_folder": str(tmp_path / "tokenizer"), "stage": "sft"}
@@ -141,6 +148,38 @@ def test_chat_writes_results_and_the_reports_section(tmp_path):
         "ARC-Easy-8.json",
         "GSM8K-5.json",
     ]
+
+
+def test_a_chat_task_alone_joins_the_others_under_the_same_circumstances(tmp_path):
+    data, tokenizer = write_chat_data(tmp_path / "data"), make_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer")
+    meta = {"tokenizer_folder": str(tmp_path / "tokenizer"), "stage": "sft"}
+    run = save_run(tmp_path / "mine", make_model(), tokenizer, 30, **meta)
+    out = run / "evaluation" / "step_000030"
+
+    def evaluate_here(*tasks: str, **more: int | Path) -> dict:
+        options = {"data": data, "max_new_tokens": 4, "device": "cpu", "dtype": "float32", **more}
+        recipe.chat(recipe.ChatSettings(source=str(run), task=tasks, **options))
+        return json.loads((out / "chat.json").read_text())
+
+    both = evaluate_here("ARC-Easy", "GSM8K")
+    alone = evaluate_here("GSM8K", batch_size=1)
+    assert alone["tasks"] == both["tasks"]
+    assert alone["missing"] == both["missing"] == ["ARC-Challenge", "MMLU", "HumanEval"]
+    assert alone["arguments"]["task"] == ["ARC-Easy", "GSM8K"]
+    section = (out / "chat-evaluation-sft.md").read_text()
+    assert f"- ARC-Easy: {both['tasks']['ARC-Easy']['accuracy']:.4f}\n" in section
+    # Of the first problems, of other answers and of other questions, nothing is mixed.
+    assert list(evaluate_here("GSM8K", max_problems=3)["tasks"]) == ["GSM8K"]
+    cut = evaluate_here("ARC-Easy", max_problems=3)
+    assert [task["examples"] for task in cut["tasks"].values()] == [3, 3]
+    assert list(evaluate_here("GSM8K", seed=1)["tasks"]) == ["GSM8K"]
+    shutil.copytree(data, tmp_path / "others")
+    other = evaluate_here("ARC-Easy", seed=1, data=tmp_path / "others")
+    assert list(other["tasks"]) == ["ARC-Easy"]
+    (out / "chat.json").write_text("{")
+    with pytest.raises(UserError, match=r"chat\.json is damaged"):
+        evaluate_here("GSM8K")
 
 
 def test_a_runs_model_tokenizer_and_text_come_back(tmp_path):

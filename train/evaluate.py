@@ -9,13 +9,16 @@
 A base model's evaluation is bits per byte on training and validation text, seven prompts continued
 greedily, and CORE. A chat model's is ARC, MMLU, GSM8K and HumanEval. What was scored of CORE and of
 the chat tasks is kept: run again, a stopped evaluation goes on. The results are those of the newest
-evaluation; after one of the first examples only, asking for all again scores nothing twice.
+evaluation; after one of the first examples only, asking for all again scores nothing twice. A chat
+task evaluated alone joins the others, if all but the task is as it was.
 """
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -248,17 +251,18 @@ def evaluate_conversation(
 
     # 2. Each rank answers its share with its own copy of the model.
     started = time.perf_counter()
+    answering = Answering(
+        max_new_tokens=settings.max_new_tokens,
+        num_samples=settings.num_samples,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        seed=settings.seed,
+    )
     result = evaluate_chat(
         subject.model,
         subject.tokenizer,
         tasks,
-        answering=Answering(
-            max_new_tokens=settings.max_new_tokens,
-            num_samples=settings.num_samples,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=settings.seed,
-        ),
+        answering=answering,
         batch_size=settings.batch_size,
         max_problems=settings.max_problems,
         group=world.host_group,
@@ -267,10 +271,21 @@ def evaluate_conversation(
     )
     say(f"chat tasks: {time.perf_counter() - started:.1f} s")
     if world.is_main:
+        path, same = subject.out / "chat.json", circumstances(settings, subject, answering)
+        result = result.with_earlier(path, same)
         arguments = {name: getattr(settings, name) for name in REPORTED}
-        write_json(subject.out / "chat.json", {**result.as_dict(), "arguments": arguments})
+        arguments["task"] = list(result.figures)
+        saved = {**result.as_dict(), "arguments": arguments, "circumstances": same}
+        write_json(path, saved)
         write_section(subject.out, f"Chat evaluation {subject.stage}", result.section(arguments))
     say(f"{result.table()}\nresults: {subject.out}")
+
+
+def circumstances(settings: ChatSettings, subject: Subject, answering: Answering) -> str:
+    """The same for evaluations whose tasks belong in one result."""
+    questions = [settings.max_problems, str(settings.data)]
+    parts = [subject.identity, asdict(answering), *questions]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def begin(
