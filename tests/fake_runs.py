@@ -1,10 +1,12 @@
-"""Folders of a speedrun that nobody ran: d20 on four H200s, every stage, figures made up."""
+"""Folders of a speedrun that nobody ran: d20 on four H200s, every stage, figures made up; and
+what a report tells of them."""
 
 import json
 import math
 from pathlib import Path
 
 from gptfast.evaluate.core_bundle import CORE_TASKS
+from gptfast.report.document import Facts, Report, Table
 
 STEPS, TOKENS_PER_STEP, GPUS = 21_400, 524_288, 4
 # A step's seconds, so that a GPU makes 160,000 tokens a second: 558.7 of 989 TFLOP/s.
@@ -203,3 +205,15 @@ def write_everything(folder: Path) -> Path:
     write_stage(folder / "rl-d20", "rl")
     write_speedrun(folder / "speedrun-d20")
     return folder
+
+
+def figures(report: Report, title: str) -> dict[str, tuple[str, str]]:
+    """label -> (ours, the reference's), of all lists and tables of a section."""
+    section = next(s for s in report.sections if s.title == title)
+    found: dict[str, tuple[str, str]] = {}
+    for block in section.blocks:
+        if isinstance(block, Facts):
+            found |= {fact.label: (fact.ours, fact.reference) for fact in block.rows}
+        elif isinstance(block, Table):
+            found |= {row[0]: row[1:] for row in block.rows}
+    return found

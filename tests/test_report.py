@@ -23,6 +23,7 @@ from gptfast.report.prices import price
 from gptfast.report.reference import reference
 from gptfast.report.runs import read_folders
 from tests import fake_runs
+from tests.fake_runs import figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,18 +36,6 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(everything: Path) -> Report:
     return build_report(read_folders([everything]))
-
-
-def figures(report: Report, title: str) -> dict[str, tuple[str, str]]:
-    """label -> (ours, the reference's), of all lists and tables of a section."""
-    section = next(s for s in report.sections if s.title == title)
-    found: dict[str, tuple[str, str]] = {}
-    for block in section.blocks:
-        if isinstance(block, Facts):
-            found |= {fact.label: (fact.ours, fact.reference) for fact in block.rows}
-        elif isinstance(block, Table):
-            found |= {row[0]: row[1:] for row in block.rows}
-    return found
 
 
 def status(report: Report, title: str) -> str:
@@ -210,54 +199,6 @@ def test_a_killed_run_is_unfinished_and_its_time_counts(tmp_path):
     assert [b.name for b in section.blocks if isinstance(b, Figure)] == [
         "base-loss", "base-validation", "base-mfu-report", "base-lr-multiplier",
     ]  # fmt: skip
-
-
-def test_partial_scores_are_never_called_whole(tmp_path):
-    run = fake_runs.write_base(tmp_path / "base-d20")
-    fake_runs.write_base_evaluation(run, missing=("coqa", "squad"))
-    sft = fake_runs.write_stage(tmp_path / "sft-d20", "sft")
-    fake_runs.write_chat(sft, 0.4, leave_out=("HumanEval",))
-    report = build_report(read_folders([tmp_path]))
-    assert figures(report, "Base model evaluation")["CORE metric"] == ("–", "0.2084")
-    assert figures(report, "Summary")["CORE"][0] == Cell("–", "0.2084")
-    assert figures(report, "Summary")["ChatCORE"][2] == Cell("–", "0.0854")
-    assert figures(report, "Summary")["HumanEval"][2] == Cell("–", "0.1220")
-    text = markdown.render(report)
-    assert "2 of 22 tasks are missing (coqa, squad)" in text
-    assert "Not evaluated: HumanEval; so no ChatCORE." in text
-    # Of a stage that the reference did not evaluate, nothing is shown where nothing is.
-    rl = fake_runs.write_stage(tmp_path / "rl-d20", "rl")
-    fake_runs.write_chat(rl, 0.5, leave_out=("HumanEval",))
-    shown = figures(build_report(read_folders([tmp_path])), "Chat evaluation rl")
-    assert shown["GSM8K"][0] == "0.5000"
-    assert "ChatCORE metric" not in shown
-
-
-def test_scores_of_the_first_examples_are_shown_and_marked(tmp_path):
-    fake_runs.write_base_evaluation(fake_runs.write_base(tmp_path / "base-d20"), first=500)
-    fake_runs.write_chat(fake_runs.write_stage(tmp_path / "mid-d20", "mid"), 0.3)
-    sft = fake_runs.write_stage(tmp_path / "sft-d20", "sft")
-    fake_runs.write_chat(sft, 0.4, first=2000)
-    report = build_report(read_folders([tmp_path]))
-    core = figures(report, "Base model evaluation")
-    chat = figures(report, "Chat evaluation sft")
-    assert core["CORE metric"] == ("0.1050, first 500", "0.2084")
-    assert core["hellaswag_zeroshot"][0] == "0.0000, first 500"
-    assert chat["GSM8K"] == ("0.4000, first 2,000", "0.0599")
-    assert chat["ChatCORE metric"] == ("0.4000, first 2,000", "0.0854")
-    table = figures(report, "Summary")
-    assert table["CORE"][0] == Cell("0.1050, first 500", "0.2084")
-    assert table["ChatCORE"][1:3] == (
-        Cell("0.3000", "0.0681"),
-        Cell("0.4000, first 2,000", "0.0854"),
-    )
-    tiles = {tile.label: (tile.ours, tile.note) for tile in report.tiles}
-    assert tiles["CORE"] == ("0.1050", "first 500 of each task")
-    assert tiles["ChatCORE after SFT"] == ("0.4000", "first 2,000 of each task")
-    text = markdown.render(report)
-    assert "> Scored on the first 2,000 examples of each task only; the reference's" in text
-    assert "first N: of the first N of each task" in text
-    assert text.count("Scored on the first") == 2
 
 
 def test_sft_and_rl_show_their_own_figures(report):

@@ -42,6 +42,8 @@ class Run:
     evaluations: Mapping[str, Mapping]
     """loss, core, chat -> the JSON of the newest evaluation that has it."""
     evaluation_times: Mapping[str, str]
+    evaluation_steps: Mapping[str, int]
+    """At which step of the training each of them was made."""
 
     @property
     def finished(self) -> bool:
@@ -167,11 +169,12 @@ def stage_of(folder: Path) -> str | None:
 
 
 def read_run(folder: Path, stage: str) -> Run:
-    evaluations, times = {}, {}
+    evaluations, times, steps = {}, {}, {}
     for name in ("loss", "core", "chat"):
         for path in sorted((folder / "evaluation").glob(f"step_*/{name}.json")):
             if found := _read_json(path):
                 evaluations[name], times[name] = found, _time_of(path.parent, path.name)
+                steps[name] = int(path.parent.name.removeprefix("step_"))
     return Run(
         stage=stage,
         folder=folder,
@@ -182,6 +185,7 @@ def read_run(folder: Path, stage: str) -> Run:
         meta=_newest_meta(folder),
         evaluations=evaluations,
         evaluation_times=times,
+        evaluation_steps=steps,
     )
 
 

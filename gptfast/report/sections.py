@@ -199,7 +199,7 @@ def base_evaluation(run: Run | None) -> Section:
     missing = core.get("missing", [])
     ours: dict[str, Any] = {}
     if run and core:
-        ours["Model"] = f"{run.folder.name} (step {run.meta.get('step', run.steps_done)})"
+        ours["Model"] = f"{run.folder.name} (step {run.evaluation_steps['core']})"
         ours["CORE metric"] = spell_score(metric_of(core, "core_metric"), core)
         ours |= spell_scores(core, "centered")
     # nanochat's dev/LEADERBOARD.md: 0.2512 to 0.2677.
@@ -242,6 +242,9 @@ def _warned(blocks: list[Block], evaluation: Mapping) -> list[Block]:
 
 def _evaluation(title: str, run: Run | None, name: str, blocks: list[Block]) -> Section:
     found = run is not None and name in run.evaluations
+    if found and (step := run.evaluation_steps[name]) < run.steps_done:
+        text = f"Of the model at step {step:,}; {run.steps_done:,} steps have been trained."
+        blocks = [Text(text, warning=True), *blocks]
     return _section(
         title,
         blocks,
