@@ -1,0 +1,62 @@
+"""README's table of kernels is the kept run's, digit for digit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.providers import RIVALS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+KEPT = json.loads((ROOT / "bench" / "results" / "kernels-h200.json").read_text())
+MS = {(r["case"], r["direction"], r["provider"]): r["ms"] for r in KEPT["rows"]}
+SHARE = {
+    (r["case"], r["direction"]): r["of_ceiling"] for r in KEPT["rows"] if r["provider"] == "ours"
+}
+
+# Row of README's table -> the benchmark, and what its cells tell of it.
+TABLE = {
+    "rotary + QK-norm, packed gradient included": ("rotary_qk_norm", "forward", "backward"),
+    "RMSNorm": ("rms_norm", "forward", "backward"),
+    "residual add + RMSNorm": ("add_rms_norm", "forward", "backward"),
+    "squared ReLU alone": ("squared_relu", "forward", "backward"),
+    "rotary alone": ("rotary", "forward", "backward"),
+    "embedding": ("embedding", "forward", "backward"),
+    "MLP, squared ReLU inside its products": ("squared_relu_mlp", "forward", "both"),
+    "linear + softcap + cross-entropy, 2.8 GiB": ("linear_cross_entropy", "both"),
+    "its pass over the logits": ("cross_entropy_logits", "forward"),
+    "Newton-Schulz of all matrices": ("newton_schulz", "forward"),
+    "a whole micro-step, forward + backward: 384 ms": ("micro_step", "both"),
+}
+
+
+def by_ours(case: str, direction: str, *rivals: str) -> str:
+    """The fastest rival's time by ours, as README writes it."""
+    times = [MS[case, direction, name] for name in rivals if MS.get((case, direction, name))]
+    return f"{min(times) / MS[case, direction, 'ours']:.2f} x"
+
+
+@pytest.mark.parametrize("label", TABLE)
+def test_a_row_is_the_kept_runs(label):
+    case, *directions = TABLE[label]
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {label} |")]
+    told = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    ratios = [by_ours(case, direction, *RIVALS) for direction in directions]
+    assert re.findall(r"\d\.\d\d x", " ".join(told[:2]))[: len(ratios)] == ratios
+    if shares := re.match(r"(\d+), (\d+) %|(\d+) %", told[2]):
+        found = [f"{100 * SHARE[case, direction]:.0f}" for direction in directions]
+        assert [share for share in shares.groups() if share] == found
+
+
+def test_what_stands_beside_the_table_is_the_kept_runs_too():
+    ceilings = KEPT["ceilings"]
+    copy, product = ceilings["copy"] / 1e12, ceilings["product"] / 1e12
+    assert f"(copy {copy:.2f} TB/s, bf16 product {product:.0f} TFLOP/s" in README
+    assert f"({by_ours('newton_schulz', 'forward', 'eager')} batched bmm)" in README
+    products = (
+        MS["linear_cross_entropy", "both", "ours"] / MS["linear_cross_entropy", "both", "products"]
+    )
+    assert f"| {products:.2f} x its three products |" in README
+    assert f"backward: {MS['micro_step', 'both', 'ours']:.0f} ms |" in README
