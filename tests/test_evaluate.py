@@ -159,7 +159,7 @@ def test_a_chat_task_alone_joins_the_others_under_the_same_circumstances(tmp_pat
 
     def evaluate_here(*tasks: str, **more: int | Path) -> dict:
         options = {"data": data, "max_new_tokens": 4, "device": "cpu", "dtype": "float32", **more}
-        recipe.chat(recipe.ChatSettings(source=str(run), task=tasks, **options))
+        recipe.chat(recipe.EvaluateChatSettings(source=str(run), task=tasks, **options))
         return json.loads((out / "chat.json").read_text())
 
     both = evaluate_here("ARC-Easy", "GSM8K")

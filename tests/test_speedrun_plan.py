@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,16 @@ def test_what_a_later_stage_would_refuse_is_told_before_anything_runs(flags, wor
     plan = make_plan(settings, gpus=4)
     with pytest.raises(UserError, match=words):
         check_stages(read_flags(plan, nodes=1), processes=plan.processes)
+
+
+@pytest.mark.parametrize("flags", [{"evaluate": "--nonsense 3"}, {"chat": "--max-problems x"}])
+def test_flags_of_an_evaluation_are_read_before_anything_runs(flags, capsys):
+    flags = FlagSettings(**{f"{name}_flags": value for name, value in flags.items()})
+    plan = make_plan(SpeedrunSettings(flags=flags), gpus=4)
+    with pytest.raises(SystemExit) as end:
+        read_flags(plan, nodes=1)
+    assert end.value.code == 2
+    assert re.search("--nonsense|--max-problems", "".join(capsys.readouterr()))
 
 
 def test_settings_are_checked():

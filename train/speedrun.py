@@ -23,6 +23,7 @@ from gptfast.chat_data import MID_TRAIN, MID_VAL, SFT_TRAIN, SFT_VAL, check_part
 from gptfast.config import BaseSettings, accumulation_steps, preset
 from gptfast.config_chat import MidSettings, SFTSettings, mid_preset, sft_preset
 from gptfast.errors import UserError
+from gptfast.evaluate.settings import EvaluateBaseSettings, EvaluateChatSettings
 from gptfast.machine import describe_machine
 from gptfast.rl.config import RLSettings, passes_of_step, rl_preset
 from gptfast.run import exit_code
@@ -44,6 +45,7 @@ from gptfast.speedrun import (
 
 # What a stage trains on and is validated on unless its flags say otherwise.
 CONVERSATIONS = {"mid": (MID_TRAIN, MID_VAL), "sft": (SFT_TRAIN, SFT_VAL)}
+EVALUATIONS = {"base": EvaluateBaseSettings, "chat": EvaluateChatSettings}
 
 
 class Terminal:
@@ -81,7 +83,8 @@ def main() -> None:
 
 
 def read_flags(plan: Plan, *, nodes: int) -> dict[str, Any]:
-    """What each stage's recipe will understand: mistakes in flags show now, not in hours."""
+    """What each training stage's recipe will understand. Those of the other steps are read, too:
+    mistakes in flags show now, not in hours."""
     on_gpu = plan.on_gpu
     kinds = {
         "base": (BaseSettings, preset(on_gpu=on_gpu, processes=plan.processes * nodes)),
@@ -89,17 +92,21 @@ def read_flags(plan: Plan, *, nodes: int) -> dict[str, Any]:
         "sft": (SFTSettings, sft_preset(on_gpu=on_gpu)),
         "rl": (RLSettings, rl_preset(on_gpu=on_gpu)),
     }
-    return {
-        name: tyro.cli(
-            kind,
-            prog=f"train/{name}.py",
-            args=step.arguments,
-            default=default,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        for name, (kind, default) in kinds.items()
-        if (step := plan.step(name))
-    }
+    stages = {}
+    for step in plan.steps:
+        if step.name in kinds:
+            kind, default = kinds[step.name]
+            stages[step.name] = tyro.cli(
+                kind,
+                prog=step.script,
+                args=step.arguments,
+                default=default,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        elif step.script == "train/evaluate.py":
+            what, *arguments = step.arguments
+            tyro.cli(EVALUATIONS[what], prog=f"{step.script} {what}", args=arguments)
+    return stages
 
 
 def check_stages(stages: dict[str, Any], *, processes: int) -> None:
