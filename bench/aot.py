@@ -15,12 +15,13 @@ import io
 import json
 import pkgutil
 import re
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+import tyro
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -103,10 +104,17 @@ def lines(table: dict) -> list[str]:
     return [f"{label:44}" + "".join(f"{cell:>20}" for cell in cells) for label, cells in rows]
 
 
+@dataclass(frozen=True)
+class Settings:
+    write: bool = False
+    """Keep the table."""
+
+
 def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
     table = measure()
     print(*lines(table), sep="\n")
-    if "--write" in sys.argv[1:]:
+    if settings.write:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 

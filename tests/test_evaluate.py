@@ -72,7 +72,7 @@ def test_base_on_two_processes_scores_as_one_and_as_one_at_a_time(tmp_path):
     said = evaluate(
         *("base", "--random-weights", "--depth=2", "--sequence-len=64"),
         *("--tokenizer", tmp_path / "tokenizer", "--only", "samples", "core"),
-        *("--compare-one-at-a-time", "--bundle", bundle_folder, "--out", tmp_path / "o"),
+        *("--compare-one-at-a-time", "--core-bundle", bundle_folder, "--out", tmp_path / "o"),
         processes=2,
     )
     config = GPTConfig.from_depth(2, vocab_size=VOCAB, sequence_len=64)
@@ -122,7 +122,7 @@ def test_chat_writes_results_and_the_reports_section(tmp_path):
 
     said = evaluate(
         *("chat", "-i", run, "-a", "ARC-Easy|GSM8K", "-x", 8, "-m", 6, "-t", 0.5, "-n", 2, "-k", 9),
-        *("-b", 3, "-s", 30, "-d", "float32", "--data", tmp_path / "data"),
+        *("-b", 3, "-s", 30, "-d", "float32", "--chat-data", tmp_path / "data"),
     )
     names = ("ARC-Easy", "GSM8K")
     tasks = {name: chat_task(name, data=tmp_path / "data", cache=tmp_path) for name in names}
@@ -158,7 +158,13 @@ def test_a_chat_task_alone_joins_the_others_under_the_same_circumstances(tmp_pat
     out = run / "evaluation" / "step_000030"
 
     def evaluate_here(*tasks: str, **more: int | Path) -> dict:
-        options = {"data": data, "max_new_tokens": 4, "device": "cpu", "dtype": "float32", **more}
+        options = {
+            "chat_data": data,
+            "max_new_tokens": 4,
+            "device": "cpu",
+            "dtype": "float32",
+            **more,
+        }
         recipe.chat(recipe.EvaluateChatSettings(source=str(run), task=tasks, **options))
         return json.loads((out / "chat.json").read_text())
 
@@ -175,7 +181,7 @@ def test_a_chat_task_alone_joins_the_others_under_the_same_circumstances(tmp_pat
     assert [task["examples"] for task in cut["tasks"].values()] == [3, 3]
     assert list(evaluate_here("GSM8K", seed=1)["tasks"]) == ["GSM8K"]
     shutil.copytree(data, tmp_path / "others")
-    other = evaluate_here("ARC-Easy", seed=1, data=tmp_path / "others")
+    other = evaluate_here("ARC-Easy", seed=1, chat_data=tmp_path / "others")
     assert list(other["tasks"]) == ["ARC-Easy"]
     (out / "chat.json").write_text("{")
     with pytest.raises(UserError, match=r"chat\.json is damaged"):

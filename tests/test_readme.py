@@ -112,7 +112,7 @@ TOY = {
     "train/rl.py": f"{RUN} --task-data hub --num-iterations 1 --examples-per-step 2 "
     "--num-samples 2 --normalise-together 2 --device-batch-size 4 --max-new-tokens 3 "
     "--eval-examples 2 --eval-samples 1",
-    "train/evaluate.py chat": "--device cpu --data hub --task GSM8K -x 2 -m 3",
+    "train/evaluate.py chat": "--device cpu --chat-data hub --task GSM8K -x 2 -m 3",
     "-m bench.loader": "--tokenizer runs/base-d12/tokenizer --rounds 1",
     "train/chat.py": "--device cpu --max-tokens 3 -p Hello",
 }

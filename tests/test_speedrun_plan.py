@@ -80,13 +80,13 @@ def test_the_toy_needs_no_network_and_names_what_it_leaves_out(tmp_path):
     chat = plan.step("chat-mid").arguments
     assert chat == (
         "chat", "--source=runs/mid-d20", "--task", "ARC-Easy", "ARC-Challenge", "GSM8K",
-        f"--data={tmp_path}",
+        f"--chat-data={tmp_path}",
     )  # fmt: skip
     assert plan.missing[0] == ("chat-mid", "MMLU, HumanEval: not in --chat-data")
     assert f"--task-data={tmp_path}" in plan.step("rl").arguments
     for stage in ("mid", "sft"):
         assert f"--chat-data={tmp_path}" in plan.step(stage).arguments
-    assert f"--bundle={tmp_path}" in plan.step("core").arguments
+    assert f"--core-bundle={tmp_path}" in plan.step("core").arguments
 
 
 class ParsedError(Exception):
@@ -119,13 +119,13 @@ def test_every_step_says_what_its_recipe_understands(folders, offline, gpus, tmp
 
 
 def test_depth_and_a_steps_own_flags_go_where_they_belong():
-    flags = FlagSettings(base_flags='--target-tokens 2e8 --validation "a b"', chat_flags="-x 5")
+    flags = FlagSettings(base_flags='--num-iterations 500 --validation "a b"', chat_flags="-x 5")
     settings = SpeedrunSettings(depth=12, out=Path("r"), tokenizer=Path("/t"), flags=flags)
     plan = make_plan(settings, gpus=2)
     assert plan.step("tokenizer") is None
     base = plan.step("base").arguments
     assert base[1] == "--depth=12"
-    assert base[-4:] == ("--target-tokens", "2e8", "--validation", "a b")
+    assert base[-4:] == ("--num-iterations", "500", "--validation", "a b")
     assert "--tokenizer=/t" in base
     assert plan.step("chat-sft").arguments[-2:] == ("-x", "5")
     assert "--source=r/base-d12" in plan.step("mid").arguments

@@ -87,7 +87,7 @@ def evaluate_base(
         if "bpb" in settings.only:
             corpus = load_corpus(settings, run, cache, progress=first)
         if "core" in settings.only:
-            bundle = load_bundle(settings.bundle or fetch_bundle(cache, progress=first))
+            bundle = load_bundle(settings.core_bundle or fetch_bundle(cache, progress=first))
     placement = Placement(world.device, settings.dtype, settings.kernels, settings.attention)
     if run:
         subject = load_subject(run, placement, step=settings.step, tokenizer=settings.tokenizer)
@@ -140,7 +140,7 @@ def evaluate_conversation(
     with world.node_leader_first() as first:
         cache = settings.cache or cache_of_run(run)
         tasks = {
-            name: chat_task(name, data=settings.data, cache=cache, progress=first)
+            name: chat_task(name, data=settings.chat_data, cache=cache, progress=first)
             for name in settings.tasks
         }
         if "HumanEval" in tasks:
@@ -183,7 +183,7 @@ def evaluate_conversation(
 
 def circumstances(settings: EvaluateChatSettings, subject: Subject, answering: Answering) -> str:
     """The same for evaluations whose tasks belong in one result."""
-    questions = [settings.max_problems, str(settings.data)]
+    questions = [settings.max_problems, str(settings.chat_data)]
     parts = [subject.identity, asdict(answering), *questions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -92,7 +92,7 @@ def read_flags(plan: Plan, *, nodes: int) -> dict[str, Any]:
         "sft": (SFTSettings, sft_preset(on_gpu=on_gpu)),
         "rl": (RLSettings, rl_preset(on_gpu=on_gpu)),
     }
-    stages = {}
+    stages: dict[str, Any] = {}
     for step in plan.steps:
         if step.name in kinds:
             kind, default = kinds[step.name]

@@ -49,7 +49,7 @@ class EvaluateBaseSettings(ModelSettings):
     device_batch_size: int = 32
     """Sequences in one forward pass for bits per byte."""
 
-    bundle: Path | None = None
+    core_bundle: Path | None = None
     """Folder of the CORE bundle; fetched (162 MB) otherwise."""
     max_per_task: int | None = None
     """Score only the first examples of each CORE task, and say so with the result."""
@@ -83,7 +83,7 @@ class EvaluateChatSettings(ModelSettings):
     """Which run of the stage: with --source sft, d20 is runs/sft-d20."""
     task: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-a"])] = tuple(CHAT_TASKS)
     """Some of ARC-Easy, ARC-Challenge, MMLU, GSM8K and HumanEval, with spaces or | between."""
-    data: Path | None = None
+    chat_data: Path | None = None
     """Folder with arc, mmlu, gsm8k and humaneval as on the Hub; fetched (60 MB) otherwise."""
     max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None
     """Ask only the first problems of each task, and say so with the result."""

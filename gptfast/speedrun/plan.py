@@ -195,7 +195,7 @@ class _Builder:
             return None
         arguments = ["base", str(run), "--only", "core"]
         if bundle:
-            arguments.append(f"--bundle={bundle}")
+            arguments.append(f"--core-bundle={bundle}")
         return self._step(
             "core",
             "train/evaluate.py",
@@ -243,7 +243,7 @@ class _Builder:
         run, chat = self.runs[stage], self.settings.chat_data
         arguments = ["chat", f"--source={run}", "--task", *tasks]
         if chat:
-            arguments.append(f"--data={chat}")
+            arguments.append(f"--chat-data={chat}")
         return self._step(
             name,
             "train/evaluate.py",

@@ -11,7 +11,7 @@ from gptfast.errors import UserError
 
 @dataclass(frozen=True)
 class FlagSettings:
-    """Further flags of a step's own recipe, as one string: --base-flags="--target-tokens 2e8"."""
+    """Further flags of a step's own recipe, as one string: --base-flags="--num-iterations 500"."""
 
     tokenizer_flags: str = ""
     base_flags: str = ""
