@@ -47,7 +47,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class HorizonSettings:
-    """How long to train; the first that is given counts."""
+    """How long to train: one of these, or 20 tokens for each parameter."""
 
     num_iterations: int | None = None
     """Steps."""
@@ -55,8 +55,17 @@ class HorizonSettings:
     """Tokens, rounded down to whole steps."""
     target_flops: float | None = None
     """FLOPs, by the report's formula."""
-    target_param_data_ratio: float = 20.0
+    target_param_data_ratio: float | None = None
     """Tokens for each parameter."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            told = " and ".join(f"{name} {value:g}" for name, value in given.items())
+            raise UserError(
+                f"{told}: a run has one length. Without a GPU num_iterations is 60 unless it is "
+                "--num-iterations None"
+            )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ Values are nanochat d6d86cb's (scripts/base_train.py).
 
 from gptfast.errors import UserError
 
+# arXiv:2203.15556, as in the report.
+TOKENS_PER_PARAM = 20.0
+
 
 def horizon(
     *,
@@ -15,9 +18,10 @@ def horizon(
     iterations: int | None = None,
     tokens: int | None = None,
     target_flops: float | None = None,
-    tokens_per_param: float = 20.0,
+    tokens_per_param: float | None = None,
 ) -> int:
-    """The number of steps of a run, from the first of these that is given:
+    """The number of steps of a run, from the first of these that is given, at last 20 tokens for
+    each parameter:
 
     1. iterations, as it is;
     2. tokens // total_batch_size;
@@ -34,8 +38,9 @@ def horizon(
         steps = round(target_flops / (flops_per_token * total_batch_size))
         why = f"target_flops={target_flops:g} at {flops_per_token:g} a token"
     else:
-        steps = int(tokens_per_param * n_params // total_batch_size)
-        why = f"{tokens_per_param:g} tokens for each of {n_params} parameters"
+        ratio = TOKENS_PER_PARAM if tokens_per_param is None else tokens_per_param
+        steps = int(ratio * n_params // total_batch_size)
+        why = f"{ratio:g} tokens for each of {n_params} parameters"
     if steps < 1:
         raise UserError(
             f"{why} with batches of {total_batch_size} tokens gives {steps} steps; "

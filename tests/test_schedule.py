@@ -2,6 +2,7 @@
 
 import pytest
 
+from gptfast.config import HorizonSettings, preset
 from gptfast.errors import UserError
 from gptfast.schedule import horizon, learning_rate_multiplier, muon_momentum
 
@@ -29,6 +30,14 @@ def test_the_most_explicit_request_wins():
     asked.pop("tokens")
     assert horizon(**D20, **asked) == 21_396
     assert horizon(**D20, tokens_per_param=10.0) == 10_700
+    assert horizon(**D20) == 21_400
+
+
+def test_two_lengths_of_a_run_are_refused():
+    """On a CPU, whose default is 60 steps, --target-tokens alone would be ignored."""
+    assert preset(on_gpu=False, processes=1).horizon == HorizonSettings(num_iterations=60)
+    with pytest.raises(UserError, match=r"iterations 60 and target_tokens 5e.06: a run has one"):
+        HorizonSettings(num_iterations=60, target_tokens=5_000_000)
 
 
 @pytest.mark.parametrize(
