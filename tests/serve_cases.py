@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 
+from gptfast.checkpoint import Checkpointer
 from gptfast.conversation import render_messages
 from gptfast.engine import Engine
 from gptfast.engine.calculator import calculate
@@ -21,7 +23,7 @@ from gptfast.serve.app import create_app
 from gptfast.serve.pool import Pool
 from gptfast.serve.server import Server, listen, url
 from gptfast.tokenizer import SPECIAL_TOKENS
-from tests.engine_cases import TOKENIZER, tool_model
+from tests.engine_cases import CONFIG, TOKENIZER, tool_model
 
 STOP = TOKENIZER.special_id("<|assistant_end|>")
 HELLO = [{"role": "user", "content": "hello"}]
@@ -163,3 +165,18 @@ def post(server, body: object, path: str = "/v1/chat/completions", **options) ->
     options = {"headers": {"Content-Type": "application/json"}, **options}
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return httpx.post(server.url + path, content=content, timeout=30, **options)
+
+
+def save_run(folder: Path) -> Path:
+    """A run whose checkpoint of step 7 is `tool_model`'s, as training leaves it."""
+    TOKENIZER.save(folder / "tokenizer")
+    meta = {
+        "model_config": CONFIG.to_dict(),
+        "tokenizer": TOKENIZER.fingerprint,
+        "tokenizer_folder": str(folder / "tokenizer"),
+    }
+    parameters = tool_model().named_parameters()
+    checkpointer = Checkpointer(folder / "checkpoints", keep=1)
+    checkpointer.save(7, {f"model.{n}": p.detach() for n, p in parameters}, {}, meta)
+    checkpointer.close()
+    return folder

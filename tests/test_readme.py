@@ -72,7 +72,7 @@ RUN_BY = {
     "python train/evaluate.py chat --source sft": HERE,
     "python train/chat.py --source sft": HERE,
     "python train/serve.py --source sft": (
-        "tests/test_serve_life.py::test_the_recipe_from_start_to_sigterm"
+        "tests/test_serve_recipe.py::test_the_recipe_from_start_to_sigterm"
     ),
     "python train/convert.py to-hf sft --out my_model": HERE,
     "python train/report.py": HERE,
