@@ -10,6 +10,8 @@ import openai
 import pytest
 
 from gptfast.run import exit_code
+from gptfast.serve import app, server
+from gptfast.serve.app import Access
 from tests.serve_cases import HELLO, expected, save_run
 from train import serve as recipe
 
@@ -67,6 +69,32 @@ def test_the_recipe_from_start_to_sigterm(run):
         assert (process.returncode, out, err) == (0, "", "")
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "token"),
+    [
+        ([], None, None),
+        ([], "", None),
+        ([], " \n", None),
+        ([], "secret\n", "secret"),
+        (["--token= secret\n"], "other", "secret"),
+        (["--token="], "other", "other"),
+    ],
+)
+def test_a_token_has_characters(run, monkeypatch, flags, variable, token):
+    """Without one, only names of this machine are answered."""
+    access = []
+    monkeypatch.setattr(app, "create_app", lambda *_, **options: access.append(options["access"]))
+    monkeypatch.setattr(server, "serve", lambda app, pool, listener, **_: listener.close())
+    if variable is None:
+        monkeypatch.delenv("GPTFAST_TOKEN", raising=False)
+    else:
+        monkeypatch.setenv("GPTFAST_TOKEN", variable)
+    command = ["serve.py", f"--source={run}", "--device=cpu", "--port=0", *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    recipe.main()
+    assert access == [Access(token, local_only=token is None)]
 
 
 def test_mistakes_are_told_before_anything_is_loaded(run, monkeypatch, capsys):

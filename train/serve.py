@@ -82,7 +82,8 @@ class ServeSettings:
 
 def main() -> None:
     settings = tyro.cli(ServeSettings, description=__doc__)
-    token = settings.token or os.environ.get("GPTFAST_TOKEN")
+    # An empty one would be no token, and yet open the server to every name (see Guard).
+    token = (settings.token or os.environ.get("GPTFAST_TOKEN") or "").strip() or None
     run(settings, token=token, say=partial(print, flush=True))
 
 
