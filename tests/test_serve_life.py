@@ -3,6 +3,7 @@
 import asyncio
 import json
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -257,13 +258,19 @@ class Impossible(ScriptedEngine):
         self.context = 480
 
 
-def test_a_worker_that_is_killed(tmp_path):
+def test_a_worker_that_is_interrupted_and_one_that_is_killed(tmp_path):
     checkpoint = save_run(tmp_path / "sft-d1") / "checkpoints" / "step_000007"
     load = partial(load_engine, checkpoint, None, Placement(torch.device("cpu")))
-    with running(load, in_process=True, defaults=Defaults(max_tokens=390)) as it:
+    defaults = Defaults(max_tokens=390)
+    with running(load, in_process=True, ready=False, defaults=defaults) as it:
+        (worker,) = multiprocessing.active_children()
+        # To the whole group, as Ctrl-C does, while the worker imports torch: for the server alone.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+        it.wait_until(lambda: it.pool.state != "starting", seconds=60)
+        assert it.pool.state == "ready"
         asking = Asking(it, max_tokens=None, stream=True, temperature=0)
         asking.read("data")
-        (worker,) = multiprocessing.active_children()
         worker.kill()
         assert '"code": "failed"' in asking.read()
         it.wait_until(lambda: it.pool.state == "failed")

@@ -7,12 +7,15 @@ over; what is sent to it goes through another, so that a full pipe stops nobody.
 import asyncio
 import itertools
 import multiprocessing
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -20,6 +23,7 @@ from gptfast.engine import Engine
 from gptfast.engine.generation import Request
 from gptfast.serve.protocol import ApiError, queue_is_full, unavailable
 from gptfast.serve.worker import (
+    SIGNALS,
     Add,
     Cancel,
     End,
@@ -104,12 +108,13 @@ class Replica:
         self._worker: BaseProcess | threading.Thread
         if self.in_process:
             self._worker = spawn.Process(target=work_in_process, args=arguments, daemon=True)
-        else:
-            self._worker = threading.Thread(target=work, args=arguments, daemon=True)
-        self._worker.start()
-        if self.in_process:
+            with _signals_held_back():
+                self._worker.start()
             # So that this end reads the end of the stream where the process dies.
             theirs.close()
+        else:
+            self._worker = threading.Thread(target=work, args=arguments, daemon=True)
+            self._worker.start()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix=f"to replica {self.number}")
         self._reader = threading.Thread(
             target=_read, args=(self._connection, on_the_loop), name=f"from replica {self.number}"
@@ -136,6 +141,19 @@ class Replica:
             # Still compiling, or hanging.
             self._worker.kill()
             self._worker.join()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process that is started here gets no signal of the group's before it can ignore them: it
+    imports torch first."""
+    # Or else the first worker's start would start it, which lets the signals through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _read(connection: Connection, deliver: Callable[[object], object]) -> None:

@@ -19,6 +19,8 @@ from gptfast.engine.generation import Generation, Request, Row
 from gptfast.errors import UserError
 from gptfast.evaluate.loading import Placement, load_model, load_tokenizer
 
+# What the whole process group gets is the server's to obey.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Why an answer ends, in OpenAI's words.
 STOP, LENGTH = "stop", "length"
 
@@ -63,9 +65,10 @@ class Failed(NamedTuple):
 
 
 def work_in_process(connection: Connection, *arguments) -> None:
-    """`work`, where signals that the whole process group gets are the server's to obey."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """`work`, deaf to SIGNALS, which were held back from the process's first moment."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     work(connection, *arguments)
 
 
