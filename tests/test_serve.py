@@ -293,7 +293,7 @@ def test_health_stats_and_models(server, client):
     after = httpx.get(f"{server.url}/stats").json()
     assert after["answered"] == before["answered"] + 1
     assert after["tokens"] - before["tokens"] == expected(HELLO, max_tokens=4)["tokens"]
-    assert after["workers"] == [{"gpu_id": 0, "device": "cpu", "running": 0}]
+    assert after["workers"] == [{"gpu_id": 0, "state": "ready", "device": "cpu", "running": 0}]
     assert (after["slots"], after["running"], after["waiting"]) == (8, 0, 0)
     assert [model.id for model in client.models.list()] == ["tiny"]
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -256,6 +257,45 @@ class Impossible(ScriptedEngine):
     def __init__(self) -> None:
         super().__init__(str)
         self.context = 480
+
+
+def test_a_replica_that_fails_while_another_lives(monkeypatch):
+    """The log says so at once, and /stats as long as it is so."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    said, stats = [], []
+
+    def fail_first() -> None:
+        wait_until(lambda: len(said) == 2)
+
+    def look_and_fail() -> None:
+        wait_until(lambda: len(said) == 3)
+        stats.append(httpx.get(f"{said[0].partition(': ')[0]}/stats").json())
+
+    engines = [partial(FailingEngine, before) for before in (fail_first, look_and_fail)]
+    pool = Pool(engines, slots=1, queue=1, context=400, in_process=False)
+    app = create_app(pool, TOKENIZER, name="tiny")
+    with pytest.raises(UserError, match="no room for more"):
+        serve(app, pool, listen("127.0.0.1", 0), shutdown_seconds=1, say=said.append)
+    assert said[1:] == [
+        "ready: 2 x 1 answers at a time on cpu, cpu, 400 tokens each",
+        "replica 0 is gone: no room for more; 1 left",
+    ]
+    assert [worker["state"] for worker in stats[0]["workers"]] == ["failed", "ready"]
+    assert (stats[0]["available_workers"], stats[0]["slots"]) == (1, 1)
+
+
+class FailingEngine(ScriptedEngine):
+    """Ready, and then fails behind `before()`."""
+
+    busy = True
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        super().__init__(str)
+        self.before = before
+
+    def step(self):
+        self.before()
+        raise UserError("no room for more")
 
 
 def test_a_worker_that_is_interrupted_and_one_that_is_killed(tmp_path):

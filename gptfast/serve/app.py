@@ -169,6 +169,7 @@ class Chat:
         workers = [
             {
                 "gpu_id": replica.number,
+                "state": replica.state,
                 "device": replica.ready.device if replica.ready else None,
                 "running": len(replica.answers),
             }

@@ -97,6 +97,13 @@ class Replica:
         self.failure: Failed | None = None
         self.answers: dict[int, Answer] = {}
 
+    @property
+    def state(self) -> str:
+        """STARTING, READY or FAILED."""
+        if self.failure is not None:
+            return FAILED
+        return STARTING if self.ready is None else READY
+
     def start(self, slots: int, context: int | None, deliver: Callable[[object], None]) -> None:
         """Start the worker; `deliver` gets its messages on the running event loop, at last a Failed
         if it ends by itself."""
@@ -203,6 +210,8 @@ class Pool:
         self._seconds = 1.0
         # Called with the pool when its state has changed.
         self.on_change: Callable[[Pool], None] = lambda _: None
+        # Called with a replica that has failed while others go on.
+        self.on_loss: Callable[[Replica, Failed], None] = lambda *_: None
 
     def start(self) -> None:
         """Start the workers; `state` tells when they are ready."""
@@ -211,7 +220,7 @@ class Pool:
 
     @property
     def ready(self) -> list[Replica]:
-        return [replica for replica in self.replicas if replica.ready and not replica.failure]
+        return [replica for replica in self.replicas if replica.state == READY]
 
     @property
     def workers(self) -> list[Ready]:
@@ -339,6 +348,8 @@ class Pool:
                 self._waiting.popleft().fail(
                     unavailable("the model has stopped working", code="failed")
                 )
+        else:
+            self.on_loss(replica, failure)
 
     def _change(self, state: str) -> None:
         if state != self.state:

@@ -9,7 +9,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from gptfast.errors import UserError
-from gptfast.serve.pool import FAILED, READY, Pool
+from gptfast.serve.pool import FAILED, READY, Pool, Replica
+from gptfast.serve.worker import Failed
 
 # After those who are still answered at the deadline were told so.
 _LAST_SECONDS = 5
@@ -81,7 +82,10 @@ def serve(
         elif pool.state == FAILED:
             server.should_exit = True
 
-    pool.on_change = changed
+    def lost(replica: Replica, failure: Failed) -> None:
+        say(f"replica {replica.number} is gone: {failure.message}; {len(pool.ready)} left")
+
+    pool.on_change, pool.on_loss = changed, lost
     # uvicorn raises the signals that ended it once more, for those who were there before.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
