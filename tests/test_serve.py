@@ -347,9 +347,13 @@ def test_token_and_origins():
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert response.json()["error"]["type"] == "authentication_error"
         asked = {"Access-Control-Request-Method": "POST", "Origin": "https://a.example"}
-        asked["Access-Control-Request-Headers"] = "authorization,content-type"
+        # As OpenAI's client in JavaScript does.
+        wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
+        asked["Access-Control-Request-Headers"] = wanted
         allowed = httpx.options(f"{it.url}/v1/chat/completions", headers=asked)
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        assert allowed.headers["access-control-allow-headers"] == wanted
         refused = httpx.options(
             f"{it.url}/v1/chat/completions", headers=asked | {"Origin": "https://b.example"}
         )

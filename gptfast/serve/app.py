@@ -98,7 +98,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=access.origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            # OpenAI's client sends a dozen of its own.
+            allow_headers=["*"],
         )
     return app
 
