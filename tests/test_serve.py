@@ -228,6 +228,19 @@ def turns(count: int, size: int) -> list[dict]:
         ({"messages": HELLO, "stop": ["a"] * 5}, 400, "unsupported_value", "stop"),
         ({"messages": HELLO, "n": 2}, 400, "unsupported_value", "n"),
         ({"messages": HELLO, "tools": [{}]}, 400, "unsupported_value", "tools"),
+        *(
+            ({"messages": HELLO, name: value}, 400, "unsupported_value", name)
+            for name, value in (
+                ("tool_choice", "required"),
+                ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+                ("function_call", {"name": "f"}),
+                ("logit_bias", {"50256": -100}),
+                ("presence_penalty", 0.5),
+                ("frequency_penalty", -2),
+                ("modalities", ["text", "audio"]),
+                ("audio", {"voice": "alloy", "format": "wav"}),
+            )
+        ),
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, bytes | dict) else "",
 )
@@ -245,7 +258,10 @@ def test_what_cannot_be_answered_is_told(server, body, status, code, param):
 def test_what_is_usual_elsewhere_is_ignored(server):
     body = {"messages": HELLO, "model": "gpt", "user": "me", "n": 1, "presence_penalty": 0}
     body |= {"max_tokens": None, "temperature": None, "stop": None, "stream": None, "seed": 4}
+    body |= {"frequency_penalty": 0.0, "logit_bias": {}, "tool_choice": "auto", "logprobs": False}
+    body |= {"function_call": "none", "modalities": ["text"], "audio": None, "tools": []}
     got = post(server, body | {"response_format": {"type": "text"}, "max_completion_tokens": 5})
+    assert got.status_code == 200
     assert got.json()["usage"]["completion_tokens"] <= 5
 
 

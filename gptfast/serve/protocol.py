@@ -145,12 +145,20 @@ class ChatRequest(BaseModel):
                 raise _not_supported(name, repr(value))
 
 
-# Fields of OpenAI's that change what an answer is: told from ignored.
+# Fields of OpenAI's that change what an answer is, told from ignored; and their values that do not,
+# as clients send defaults too (0.0 is 0).
 _ONLY_NEUTRAL: dict[str, tuple] = {
     "n": (None, 1),
     "logprobs": (None, False),
     "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "modalities": (None, [], ["text"]),
+    "audio": (None,),
     "response_format": (None, {"type": "text"}),
 }
 
