@@ -163,6 +163,38 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(page, server):
     assert said(page)[1] == before
 
 
+def test_what_a_reload_interrupts_is_kept_as_stopped(page, server):
+    say(page, "slow", wait=False)
+    page.wait_for_selector(".streaming >> text=word word")
+    page.reload()
+    server.wait_until_idle()
+    assert said(page)[0] == "slow"
+    assert said(page)[1].startswith("word word")
+    assert page.locator(".note").all_inner_texts() == ["Stopped."]
+    assert page.get_by_role("alert").count() == 0
+    # Nothing was said yet.
+    page.route("**/v1/chat/completions", lambda route: None)
+    page.keyboard.press("Control+Shift+O")
+    say(page, "hello", wait=False)
+    page.wait_for_selector(".thinking")
+    page.reload()
+    assert said(page) == ["hello", ""]
+    assert page.locator(".note").all_inner_texts() == ["No answer."]
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Answer again").click()
+    finish(page)
+    assert said(page) == ["hello", "Hello! I am small."]
+
+
+def test_a_tab_that_is_left_does_not_write_over_another(page, server):
+    tab = page.context.new_page()
+    tab.goto(server.url)
+    say(page, "hello")
+    tab.goto("about:blank")
+    tab.goto(server.url)
+    assert said(tab) == ["hello", "Hello! I am small."]
+
+
 def test_editing_drops_later_turns_and_again_asks_again(page, engine):
     say(page, "one")
     say(page, "two")
