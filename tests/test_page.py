@@ -163,6 +163,19 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(page, server):
     assert said(page)[1] == before
 
 
+def test_undoing_a_new_chat_ends_its_answer(page, server):
+    say(page, "hello")
+    page.keyboard.press("Control+Shift+O")
+    say(page, "slow", wait=False)
+    page.wait_for_selector(".streaming >> text=word")
+    page.get_by_role("button", name="Undo").click()
+    finish(page)
+    server.wait_until_idle()
+    assert said(page) == ["hello", "Hello! I am small."]
+    say(page, "more")
+    assert said(page)[2:] == ["more", "You said: more"]
+
+
 def test_what_a_reload_interrupts_is_kept_as_stopped(page, server):
     say(page, "slow", wait=False)
     page.wait_for_selector(".streaming >> text=word word")
