@@ -6,9 +6,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from gptfast.convert.card import MISSING, model_card
+from gptfast.convert.reference import reference_meta
 from gptfast.convert.trained import TrainedModel, write_run
 from gptfast.run import write_json
 from tests.convert_cases import make_trained
+from tests.fake_runs import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def test_the_card_tells_what_the_run_tells(trained, tmp_path):
     )
     write_json(
         run / "summary.json",
-        {"step": 42, "training_seconds": 5400.0, "evaluations": [{"val_bpb": 1.25}]},
+        {"step": 42, "training_seconds": 5400.0, "evaluations": [{"step": 42, "val_bpb": 1.25}]},
     )
     evaluation = run / "evaluation" / "step_000042"
     evaluation.mkdir(parents=True)
@@ -49,6 +51,7 @@ def test_the_card_tells_what_the_run_tells(trained, tmp_path):
     assert results == {("allenai/ai2_arc", "ARC-Easy"): 0.3876, ("core", None): 0.2219}
     assert "| Hardware | 4 x NVIDIA H200, 1 node(s) |" in card.text
     assert "| Training time | 1.50 h (5,400 s): steps of this stage alone" in card.text
+    assert "| Validation, bits per byte | 1.2500 at step 42 |" in card.text
     assert "| Data | gsm8k, texts.jsonl:2 |" in card.text
     assert "| Started from | mid-d20 |" in card.text
     assert "secret" not in card.content
@@ -73,6 +76,44 @@ def test_scores_of_the_first_examples_have_other_names_and_no_metadata(trained, 
     assert f"| CORE | {MISSING} |" in card.text
     for name, score in (("CORE", "0.2219"), ("ChatCORE", "0.2500"), ("ARC-Easy", "0.3876")):
         assert f"| {name}, first 20 of each task | {score} |" in card.text
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_earlier_checkpoint_tells_its_own_figures(trained, tmp_path, ended):
+    """Of step 42, whether the run went on to 100 or was killed at 60."""
+    run = tmp_path / "sft-d20"
+    write_run(run, trained, origin="somewhere")
+    steps = 100 if ended else 60
+    rows = [
+        {"kind": "step", "step": step, "seconds": 100.0, "tokens": 1000 * (step + 1)}
+        for step in range(steps)
+    ]
+    bpb = {0: 3.0, 30: 2.0, 60: 1.0}
+    rows += [{"kind": "eval", "step": step, "val_bpb": value} for step, value in bpb.items()]
+    write_rows(run / "metrics.jsonl", rows)
+    if ended:
+        evaluations = [{"step": step, "val_bpb": value} for step, value in bpb.items()]
+        summary = {"step": 100, "training_seconds": 9.0, "evaluations": evaluations}
+        write_json(run / "summary.json", summary)
+    text = model_card(run, trained, name="d20").text
+    assert "| Tokens | 42,000 |" in text
+    assert "| Training time | 1.17 h (4,200 s): steps" in text
+    assert "| Validation, bits per byte | 2.0000 at step 30 |" in text
+    assert reference_meta(run, 42)["val_bpb"] == 2.0
+    assert reference_meta(run, 60)["val_bpb"] == 1.0
+
+
+def test_a_summary_of_another_step_is_not_told(trained, tmp_path):
+    run = tmp_path / "base-d20"
+    write_run(run, trained, origin="somewhere")
+    evaluations = [{"step": 100, "val_bpb": 1.0}]
+    summary = {"step": 100, "training_seconds": 9.0, "evaluations": evaluations}
+    write_json(run / "summary.json", summary)
+    text = model_card(run, trained, name="d20").text
+    for name in ("Tokens", "Training time", "Validation, bits per byte"):
+        assert f"| {name} | {MISSING} |" in text
+    assert reference_meta(run, 42)["val_bpb"] is None
+    assert reference_meta(run, 100)["val_bpb"] == 1.0
 
 
 def test_the_card_of_a_run_that_tells_nothing_says_so(trained, tmp_path):

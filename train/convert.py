@@ -85,7 +85,7 @@ def to_reference(run: Source, out: Path, step: int | None = None) -> None:
     """
     folder = find_run(run)
     model = read_checkpoint(find_checkpoint(folder, step))
-    write_reference(out, model, reference_meta(folder))
+    write_reference(out, model, reference_meta(folder, model.step))
     print(
         f"{describe(model)}: {out}; the embedding is bf16 there, the optimizer's state stays here"
     )

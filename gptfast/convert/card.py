@@ -85,7 +85,7 @@ def model_card(
     license: an identifier of the Hub's; without it the card says that none was stated.
     """
     stage = stage_of(folder)
-    run = read_run(folder, stage or "model")
+    run = read_run(folder, stage or "model").at(model.step)
     evaluations = _evaluations(folder / "evaluation" / f"step_{model.step:06d}")
     results = _results(evaluations, _data(run))
     on_fineweb = run.setting("data") == "fineweb-edu" and "imported_from" not in run.settings
@@ -117,7 +117,7 @@ def _training(run: Run, stage: str | None, step: int) -> dict[str, str | None]:
     environment, seconds = run.environment, run.training_seconds
     device, processes = environment.get("device"), environment.get("processes")
     versions = {name: environment.get(name) for name in ("torch", "triton", "cuda", "python")}
-    validation = [row["val_bpb"] for row in run.summary.get("evaluations", []) if "val_bpb" in row]
+    validation = run.last_validation
     commit, source = environment.get("git_commit"), run.setting("source")
     dirty = ", changed since" if environment.get("git_dirty") else ""
     return {
@@ -137,7 +137,9 @@ def _training(run: Run, stage: str | None, step: int) -> dict[str, str | None]:
         ),
         "Software": ", ".join(f"{name} {found}" for name, found in versions.items() if found),
         "gptfast": f"commit {commit}{dirty}" if commit else None,
-        "Validation, bits per byte": f"{validation[-1]:.4f} at the end" if validation else None,
+        "Validation, bits per byte": (
+            f"{validation['val_bpb']:.4f} at step {validation['step']:,}" if validation else None
+        ),
     }
 
 

@@ -107,12 +107,12 @@ def write_reference(out: Path, model: TrainedModel, meta: dict[str, Any]) -> Non
         torch.save(token_bytes, folder / "tokenizer" / "token_bytes.pt")
 
 
-def reference_meta(run: Path) -> dict[str, Any]:
-    """What the reference's metadata tells beside step and model_config, as far as the run knows."""
-    found = read_run(run, stage_of(run) or "model")
-    evaluations = found.summary.get("evaluations") or [{}]
+def reference_meta(run: Path, step: int) -> dict[str, Any]:
+    """What the reference's metadata tells beside step and model_config, as far as the run knew it
+    at that step."""
+    found = read_run(run, stage_of(run) or "model").at(step)
     return {
-        "val_bpb": evaluations[-1].get("val_bpb"),
+        "val_bpb": found.last_validation.get("val_bpb"),
         "user_config": {},
         "device_batch_size": found.setting("device_batch_size"),
         "max_seq_len": found.setting("sequence_len"),

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +80,19 @@ class Run:
     @property
     def tokens(self) -> int | None:
         return self.steps[-1].get("tokens") if self.steps else None
+
+    @property
+    def last_validation(self) -> Mapping:
+        """The newest figures with bits per byte, and their step; empty if there are none."""
+        rows = self.validations or self.summary.get("evaluations", [])
+        return next((row for row in reversed(rows) if "val_bpb" in row), {})
+
+    def at(self, step: int) -> "Run":
+        """What its metrics and summary told after so many steps: rows of those, validations up to
+        their end, and the summary if it was written then."""
+        rows = [row for row in self.rows if row["step"] < step + (row["kind"] == "eval")]
+        summary = self.summary if self.summary.get("step") == step else {}
+        return replace(self, rows=rows, summary=summary)
 
     def steady(self, name: str) -> float | None:
         """Median of a figure over the steps after the warm-up; None if no step has it."""
