@@ -285,6 +285,17 @@ def test_a_single_prompt(run, monkeypatch, capsys):
         recipe.main()
 
 
+def test_a_tokenizer_elsewhere_is_named(run, monkeypatch, capsys, tmp_path):
+    TOKENIZER.save(tmp_path / "moved")
+    command = ["chat.py", "-p", "one", *flags(run, 5)]
+    monkeypatch.setattr(sys, "argv", [*command, f"--tokenizer={tmp_path / 'nowhere'}"])
+    with pytest.raises(UserError, match="nowhere, which is not there: give its folder"):
+        recipe.main()
+    monkeypatch.setattr(sys, "argv", [*command, f"--tokenizer={tmp_path / 'moved'}"])
+    recipe.main()
+    assert capsys.readouterr().out == "abcab\n"
+
+
 class Keyboard:
     """A program in a pseudo-terminal."""
 

@@ -79,6 +79,22 @@ def test_there_and_back_bit_for_bit_with_the_recipe(checkpoint, tmp_path, monkey
     assert (meta["step"], meta["model_config"]) == (650, REFERENCE_CONFIG)
 
 
+@pytest.mark.parametrize("command", ["to-hf", "to-reference", "to-file"])
+def test_a_tokenizer_elsewhere_is_named(trained, tmp_path, monkeypatch, capsys, command):
+    run, moved, out = tmp_path / "run", tmp_path / "moved", tmp_path / "out"
+    write_run(run, trained, origin="here", stage="sft")
+    (run / "tokenizer").rename(moved)
+    flags = ["convert", command, str(run), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(UserError, match="is not there: give its folder as --tokenizer"):
+        convert.main()
+    assert not out.exists()
+    monkeypatch.setattr(sys, "argv", [*flags, "--tokenizer", str(moved)])
+    convert.main()
+    assert str(out) in capsys.readouterr().out
+    assert out.exists()
+
+
 def test_our_model_gives_its_logits_there(trained, tmp_path):
     model = replace(trained, config=replace(trained.config, norm_eps=2.0**-23))
     write_reference(tmp_path / "out", model, {"val_bpb": 0.9})

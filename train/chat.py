@@ -10,6 +10,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -27,6 +28,8 @@ class ChatSettings:
     """A stage, of which the best run in runs/ is taken: sft, mid, rl, base; or a run's folder."""
     step: int | None = None
     """Which of its checkpoints; the newest otherwise."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, if it is not where the run had it."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """One message to answer, instead of a conversation."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
@@ -48,7 +51,9 @@ def main() -> None:
 
     on_gpu = torch.cuda.is_available() and settings.device == "auto"
     placement = Placement(torch.device("cuda" if on_gpu else "cpu"))
-    subject = load_subject(find_run(settings.source), placement, step=settings.step)
+    subject = load_subject(
+        find_run(settings.source), placement, step=settings.step, tokenizer=settings.tokenizer
+    )
     say(f"{subject.name} on {placement.device}, {placement.torch_dtype}")
     takes_turns = subject.stage != "base"
     if not takes_turns:

@@ -41,6 +41,7 @@ def to_hf(
     run: Source,
     out: Path,
     step: int | None = None,
+    tokenizer: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_size: str = "5GB",
     name: str | None = None,
@@ -52,13 +53,14 @@ def to_hf(
         run: Folder of the run, or a stage.
         out: New folder.
         step: Which of the run's checkpoints; the newest otherwise.
+        tokenizer: Folder of the tokenizer, if it is not where the run had it.
         dtype: float32 keeps every bit; bfloat16 is half the size.
         max_shard_size: Weights beyond it are spread over several files.
         name: Of the model in its card; the run's name otherwise.
         license: Of the model, as the Hub spells it (mit, apache-2.0); not stated otherwise.
     """
     folder = find_run(run)
-    model = read_checkpoint(find_checkpoint(folder, step))
+    model = read_checkpoint(find_checkpoint(folder, step), tokenizer)
     card = model_card(folder, model, name=name or folder.resolve().name, license=license)
     write_hub(out, model, card, dtype=getattr(torch, dtype), max_shard_size=max_shard_size)
     print(f"{describe(model)}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
@@ -75,16 +77,19 @@ def from_hf(folder: Source, out: Path, stage: Stage | None = None) -> None:
     imported(out, read_hub(folder), "Hugging Face's format", stage)
 
 
-def to_reference(run: Source, out: Path, step: int | None = None) -> None:
+def to_reference(
+    run: Source, out: Path, step: int | None = None, tokenizer: Path | None = None
+) -> None:
     """model_NNNNNN.pt, meta_NNNNNN.json and the tokenizer, for the reference's own scripts.
 
     Args:
         run: Folder of the run, or a stage.
         out: New folder; its files go to chatsft_checkpoints/d20 (or another stage's) and tokenizer.
         step: Which of the run's checkpoints; the newest otherwise.
+        tokenizer: Folder of the tokenizer, if it is not where the run had it.
     """
     folder = find_run(run)
-    model = read_checkpoint(find_checkpoint(folder, step))
+    model = read_checkpoint(find_checkpoint(folder, step), tokenizer)
     write_reference(out, model, reference_meta(folder, model.step))
     print(
         f"{describe(model)}: {out}; the embedding is bf16 there, the optimizer's state stays here"
@@ -103,16 +108,17 @@ def from_reference(model: Source, tokenizer: Path, out: Path, stage: Stage | Non
     imported(out, read_reference(model, tokenizer), "a checkpoint of nanochat", stage)
 
 
-def to_file(run: Source, out: Path, step: int | None = None) -> None:
+def to_file(run: Source, out: Path, step: int | None = None, tokenizer: Path | None = None) -> None:
     """A whole checkpoint in one safetensors file: weights, optimizer, data positions, tokenizer.
 
     Args:
         run: Folder of the run, or a stage.
         out: New file.
         step: Which of the run's checkpoints; the newest otherwise.
+        tokenizer: Folder of the tokenizer, if it is not where the run had it.
     """
     checkpoint = find_checkpoint(find_run(run), step)
-    write_file(out, checkpoint)
+    write_file(out, checkpoint, tokenizer)
     print(f"{checkpoint}: {out}, {out.stat().st_size / 1e9:.2f} GB")
 
 

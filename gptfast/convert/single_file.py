@@ -42,27 +42,27 @@ _RANK, _TOKENIZER = "rank.", "tokenizer"
 _TEXT = ("data", "validation")
 
 
-def write_file(out: Path, checkpoint: Path) -> None:
-    """One file of a checkpoint of ours. UserError if `out` exists or the disk is too full,
-    DamagedCheckpoint if the checkpoint is not what was written."""
+def write_file(out: Path, checkpoint: Path, tokenizer: Path | None = None) -> None:
+    """One file of a checkpoint of ours; see load_tokenizer for the tokenizer. UserError if `out`
+    exists or the disk is too full, DamagedCheckpoint if the checkpoint is not what was written."""
     if out.exists():
         raise UserError(f"{out} exists already: name a new file, or remove it first")
     tensors = files.load_full_state(checkpoint)
-    manifest, tokenizer = files.read_manifest(checkpoint), load_tokenizer(checkpoint)
+    manifest, loaded = files.read_manifest(checkpoint), load_tokenizer(checkpoint, tokenizer)
     stage = stage_of(checkpoint.parents[1])
     run = read_run(checkpoint.parents[1], stage or "model")
     for rank in range(manifest["world_size"]):
         name = files.rank_file(rank)
         tensors[f"{_RANK}{rank:05d}"] = _as_tensor((checkpoint / name).read_bytes())
-    tensors[_TOKENIZER] = _as_tensor(format_ranks(tokenizer.tokens))
+    tensors[_TOKENIZER] = _as_tensor(format_ranks(loaded.tokens))
     header = {
         "step": manifest["step"],
         "text": {name: run.setting(name) for name in _TEXT},
         "meta": {**({"stage": stage} if stage else {}), **_portable(manifest["meta"])},
         "tokenizer": {
-            "pattern": tokenizer.pattern,
-            "specials": list(tokenizer.specials),
-            "training": tokenizer.training,
+            "pattern": loaded.pattern,
+            "specials": list(loaded.specials),
+            "training": loaded.training,
         },
     }
     out = out.absolute()

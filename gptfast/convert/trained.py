@@ -53,15 +53,15 @@ class TrainedModel:
         return sum(tensor.numel() for tensor in self.state.values())
 
 
-def read_checkpoint(checkpoint: Path) -> TrainedModel:
-    """A run's checkpoint, verified. Raises DamagedCheckpoint, or UserError if it is no GPT's or
-    its tokenizer is not there."""
+def read_checkpoint(checkpoint: Path, tokenizer: Path | None = None) -> TrainedModel:
+    """A run's checkpoint, verified; see load_tokenizer for the tokenizer. Raises DamagedCheckpoint,
+    or UserError if it is no GPT's or its tokenizer is not there."""
     manifest = files.read_manifest(checkpoint)
     config = GPTConfig(**manifest["meta"]["model_config"])
     return TrainedModel(
         config=config,
         state=checked_state(config, files.load_full_state(checkpoint, "model"), checkpoint),
-        tokenizer=load_tokenizer(checkpoint),
+        tokenizer=load_tokenizer(checkpoint, tokenizer),
         step=manifest["step"],
     )
 
