@@ -6,6 +6,15 @@ from itertools import pairwise
 import torch
 
 from gptfast.model import GPT, GPTConfig
+from gptfast.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+BOS, USER, USER_END, START, END, PY, PY_END, OUT, OUT_END = (
+    TOKENIZER.special_id(name) for name in SPECIAL_TOKENS
+)
+CONFIG = GPTConfig(sequence_len=16, vocab_size=265, n_layer=1, n_head=2, n_kv_head=2, n_embd=64)
+# It never ends by itself.
+ENDLESS = (START, *b"abc", *b"a")
 
 
 def scripted_model(config: GPTConfig, *paths: Sequence[int]) -> GPT:
