@@ -1,13 +1,14 @@
 """A conversation with a model in a terminal: answers that stream, a history, a few commands.
 
 Answers go to `write`, everything else to `say`, so that what is piped out of it is what the model
-said. Where lines come from is a function too: a keyboard, a pipe, a test.
+said. Where lines come from is a function too: a keyboard, a test. A pipe holds no conversation, but
+questions: see `answer_lines`.
 """
 
 import json
 import signal
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -117,9 +118,12 @@ class Chat:
         else:
             prompt = tokenizer.encode(text, prepend=tokenizer.bos_id)
         if len(prompt) >= self.engine.context:
+            what, remedy = "the message", "shorten it"
+            if self.messages:
+                what, remedy = "with this message the conversation", "/clear starts a new one"
             raise UserError(
-                f"with this message the conversation has {len(prompt)} tokens; the model's limit "
-                f"is {self.engine.context}, its answer included: /clear starts a new one"
+                f"{what} has {len(prompt)} tokens; the model's limit is {self.engine.context}, its "
+                f"answer included: {remedy}"
             )
         return prompt
 
@@ -259,6 +263,33 @@ class Terminal:
 
     def _quit(self, _: str) -> None:
         self._over = True
+
+
+def answer_lines(chat: Chat, lines: Iterable[str], *, write: Write, say: Write) -> None:
+    """Write a line for every line: the answer to it alone, a newline in it as the characters \\n.
+
+    No line is a command. One that is blank or refused gets an empty line, so that questions and
+    answers stay side by side. UserError at the end if any was refused, or if Ctrl-C comes.
+    """
+    number = refused = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            chat.clear()
+            text = line.strip()
+            with _asked_to_stop() as stopped:
+                try:
+                    for piece in chat.answer(text, stopped=stopped) if text else ():
+                        write(printable(piece).replace("\n", "\\n"))
+                except UserError as error:
+                    refused += 1
+                    say(f"line {number}: {error}")
+                write("\n")
+                if stopped():
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise UserError(f"stopped at line {number}") from error
+    if refused:
+        raise UserError(f"{refused} of {number} lines have no answer")
 
 
 def printable(text: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 from gptfast.checkpoint import Checkpointer
 from gptfast.errors import UserError
+from gptfast.run import exit_code
 from tests.scripted import CONFIG, ENDLESS, TOKENIZER, scripted_model
 from train import chat as recipe
 
@@ -45,15 +46,31 @@ def flags(run: Path, max_tokens: int) -> list[str]:
 
 
 def test_through_pipes_only_answers_come_out(run, monkeypatch, capsys):
-    # The second message is not UTF-8.
-    piped = io.TextIOWrapper(io.BytesIO(b"one\n\xff\n/temperature 0\nthree\n"), encoding="utf-8")
+    # The second message is not UTF-8, the third is too long.
+    lines = b"one\n\xff\n" + b"x" * 200 + b"\nfour\n"
+    piped = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", piped)
     monkeypatch.setattr(sys, "argv", ["chat.py", *flags(run, 4)])
-    recipe.main()
+    assert exit_code(recipe.main) == 2
     out, err = capsys.readouterr()
-    assert out == "abca\n" * 3
-    assert "sft-d1 (step 7) on cpu" in err
-    assert "you>" not in out + err
+    assert out == "abca\nabca\n\nabca\n"
+    first, *rest = err.splitlines()
+    assert first.startswith("sft-d1 (step 7) on cpu")
+    assert rest[0].startswith("line 3: the message has 204 tokens")
+    assert rest[1:] == ["error: 1 of 4 lines have no answer"]
+
+
+def test_who_reads_the_answers_may_leave(run, monkeypatch, capsys):
+    """As head does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        monkeypatch.setattr(sys, "argv", ["chat.py", "-p", "one", *flags(run, 5)])
+        assert exit_code(recipe.main) == 0
+        # What Python does with it at exit does not fail either.
+        broken.flush()
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_single_prompt(run, monkeypatch, capsys):

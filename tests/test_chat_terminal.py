@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from gptfast.chat_terminal import AnswerParts, Chat, ChatOptions, Terminal, printable
+from gptfast.chat_terminal import AnswerParts, Chat, ChatOptions, Terminal, answer_lines, printable
 from gptfast.conversation import render_messages
 from gptfast.engine import Engine
 from gptfast.errors import UserError
@@ -203,8 +203,66 @@ def test_the_limit_of_the_context():
         "error: with this message the conversation has 165 tokens; the model's limit is 160, its "
         "answer included: /clear starts a new one"
     )
-    assert "with this message the conversation has 161 tokens" in session.said[3]
+    assert session.said[3] == (
+        "error: the message has 161 tokens; the model's limit is 160, its answer included: "
+        "shorten it"
+    )
     assert chat.messages == []
+
+
+def in_lines(chat: Chat, *lines: str) -> tuple[str, list[str], str]:
+    """(what was written, what was said, the error at the end)."""
+    written, said = [], []
+    try:
+        answer_lines(chat, lines, write=written.append, say=said.append)
+    except UserError as error:
+        return "".join(written), said, str(error)
+    return "".join(written), said, ""
+
+
+def test_lines_are_conversations_of_their_own_and_stay_beside_their_answers(monkeypatch):
+    chat = scripted_chat(START, *b"a\nb\\", END)
+    prompts, generate = [], chat.engine.generate
+    monkeypatch.setattr(
+        chat.engine, "generate", lambda p, **o: prompts.extend(p) or generate(p, **o)
+    )
+    lines = ["one\n", "\n", "/quit\n", "x" * 157 + "\n", "five"]
+    written, said, error = in_lines(chat, *lines)
+    assert written == "a\\nb\\\n\na\\nb\\\n\na\\nb\\\n"
+    assert len(written.splitlines()) == len(lines)
+    assert said == [
+        "line 4: the message has 161 tokens; the model's limit is 160, its answer included: "
+        "shorten it"
+    ]
+    assert error == "1 of 5 lines have no answer"
+    asked = [[BOS, USER, *text, USER_END, START] for text in (b"one", b"/quit", b"five")]
+    assert prompts == asked
+    # As many as there are: the context never fills up.
+    assert in_lines(chat, *["one"] * 40) == ("a\\nb\\\n" * 40, [], "")
+
+
+def test_ctrl_c_ends_lines():
+    chat = scripted_chat(*ENDLESS)
+    before = signal.getsignal(signal.SIGINT)
+
+    written = []
+
+    def interrupted():
+        yield "one"
+        raise KeyboardInterrupt
+
+    def write(piece: str) -> None:
+        written.append(piece)
+        if len(written) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(UserError, match="stopped at line 2"):
+        answer_lines(chat, ["one", "two", "three"], write=write, say=written.append)
+    assert "".join(written) == "abc" * 8 + "\nabcab\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    # While it waits for a line.
+    with pytest.raises(UserError, match="stopped at line 1"):
+        answer_lines(chat, interrupted(), write=written.append, say=written.append)
 
 
 def test_a_base_model_continues_each_text_by_itself():

@@ -3,11 +3,16 @@
     python train/chat.py                                       the best model in runs/ that had SFT
     python train/chat.py --source rl --temperature 0.8
     python train/chat.py --source runs/my-run --step 600 -p "Why is the sky blue?"
-    cat questions.txt | python train/chat.py                   a line, an answer
+    python train/chat.py < questions.txt > answers.txt         a line, an answer
 
 /help lists what can be typed besides messages; Ctrl-C stops an answer.
+
+Without a keyboard each line is a conversation of its own, and none a command. Its answer is one
+line, in which \\n stands for a newline. A line that is refused gets an empty one; stderr says why,
+and the exit status is 2.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from gptfast.chat_terminal import Chat, ChatOptions, Terminal
+from gptfast.chat_terminal import Chat, ChatOptions, Terminal, answer_lines
 from gptfast.engine import Engine
 from gptfast.evaluate.loading import Placement, load_subject
 from gptfast.run import exit_code, find_run
@@ -45,6 +50,14 @@ class ChatSettings:
 
 def main() -> None:
     settings = tyro.cli(ChatSettings, description=__doc__)
+    try:
+        run(settings)
+    except BrokenPipeError:
+        # Who reads the answers has enough, as head does. What is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(settings: ChatSettings) -> None:
     options = ChatOptions(settings.temperature, settings.top_k or None, settings.max_tokens)
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
@@ -62,8 +75,7 @@ def main() -> None:
     # Compiling would take longer than most conversations save by it.
     engine = Engine(subject.model, subject.tokenizer, max_rows=1, compiled=False)
     chat = Chat(engine, options, takes_turns=takes_turns)
-    at_a_keyboard = sys.stdin.isatty()
-    terminal = Terminal(chat, read=ask if at_a_keyboard else next_line, write=write, say=say)
+    terminal = Terminal(chat, read=ask, write=write, say=say)
     # What the terminal's encoding lacks, or is no text in a pipe, ends no conversation.
     # pyrefly: ignore[missing-attribute]  (a TextIOWrapper unless it is replaced)
     sys.stdout.reconfigure(errors="replace")
@@ -72,11 +84,13 @@ def main() -> None:
         return
     # pyrefly: ignore[missing-attribute]  (as above)
     sys.stdin.reconfigure(errors="replace")
-    if at_a_keyboard:
-        # With it, input() lets a line be edited and recalls earlier ones.
-        import readline  # noqa: F401
+    if not sys.stdin.isatty():
+        answer_lines(chat, sys.stdin, write=write, say=say)
+        return
+    # With it, input() lets a line be edited and recalls earlier ones.
+    import readline  # noqa: F401
 
-        say("/help lists the commands")
+    say("/help lists the commands")
     terminal.run()
 
 
@@ -95,10 +109,6 @@ def ask(prompt: str) -> str:
         # The shell's own prompt shall not follow ours.
         write("\n")
         raise
-
-
-def next_line(_prompt: str) -> str:
-    return input()
 
 
 if __name__ == "__main__":
