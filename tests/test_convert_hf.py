@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from gptfast.conversation import render, render_for_completion, render_messages
-from gptfast.convert.hub_model import read_hub, write_hub
+from gptfast.convert.hub_model import check_shard_size, read_hub, write_hub
 from gptfast.convert.trained import TrainedModel, read_checkpoint
 from gptfast.errors import UserError
 from gptfast.evaluate.loading import data_of_run, find_checkpoint, load_model, random_model
@@ -229,6 +229,16 @@ def test_an_imported_model_is_a_run(trained, exported, tmp_path, monkeypatch, ca
         assert (again / name).read_bytes() == (exported / name).read_bytes()
     with pytest.raises(UserError, match="again exists already"):
         convert.main()
+
+
+def test_a_shard_size_that_is_none_is_told_before_anything_is_read(monkeypatch):
+    for size in ("5GB", "1.5 mb", "200KB", "2TB"):
+        check_shard_size(size)
+    for size in ("5XB", "GB", "-5GB", "5", "", "5GBs"):
+        command = ["convert", "to-hf", "nowhere", "--out=out", f"--max-shard-size={size}"]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(UserError, match=f"max_shard_size '{size}' is no size: 5GB is one"):
+            convert.main()
 
 
 def edit(folder: Path, file: str, change) -> None:

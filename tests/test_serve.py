@@ -19,6 +19,7 @@ from gptfast.serve.app import Access, Defaults
 from gptfast.serve.guard import check_address, is_loopback
 from gptfast.serve.protocol import MAX_BODY_BYTES
 from gptfast.serve.server import listen
+from gptfast.serve.worker import SHORTEST_CONTEXT
 from tests.engine_cases import tool_model
 from tests.serve_cases import (
     HELLO,
@@ -131,6 +132,14 @@ def test_an_answer_ends_where_the_context_does(server):
     refused = post(server, body)
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_shortest_context_holds_a_conversation():
+    messages = [{"role": "user", "content": "?"}]
+    assert len(render_messages(TOKENIZER, messages)) + 1 == SHORTEST_CONTEXT
+    with running(lambda: Engine(tool_model(), TOKENIZER), context=SHORTEST_CONTEXT) as it:
+        got = post(it, {"messages": messages}).json()
+        assert got["usage"]["total_tokens"] in (SHORTEST_CONTEXT - 1, SHORTEST_CONTEXT)
 
 
 def scripted(text: str, pieces: list[list[int]], stop=()) -> list[Piece]:

@@ -104,6 +104,11 @@ def test_mistakes_are_told_before_anything_is_loaded(run, monkeypatch, capsys):
         (["--source=nowhere"], "nowhere is no run's folder"),
         (["--device=cpu", "--num-gpus=2", f"--source={run}"], "but a CPU holds one copy"),
         ([f"--source={run}", "--slots=0"], "slots must be at least 1, got 0"),
+        ([f"--source={run}", "--port=70000"], "port must be 0 to 65535, got 70000"),
+        ([f"--source={run}", "--port=-1"], "port must be 0 to 65535, got -1"),
+        ([f"--source={run}", "--context=0"], "context 0, but a conversation has 6 tokens or more"),
+        ([f"--source={run}", "--context=5"], "context 5, but a conversation has 6 tokens or more"),
+        ([f"--source={run}", "--context=481"], "context 481, but the model has 480 positions"),
         ([f"--source={run}", "--step=3"], "no checkpoint of step 3"),
         ([f"--source={run}", "--port=0", "--top-k=0"], "top_k 0: Input should be greater"),
     ):

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from gptfast.convert.card import model_card
-from gptfast.convert.hub_model import read_hub, write_hub
+from gptfast.convert.hub_model import check_shard_size, read_hub, write_hub
 from gptfast.convert.reference import read_reference, reference_meta, write_reference
 from gptfast.convert.single_file import read_file, write_file
 from gptfast.convert.trained import TrainedModel, read_checkpoint, write_run
@@ -59,6 +59,7 @@ def to_hf(
         name: Of the model in its card; the run's name otherwise.
         license: Of the model, as the Hub spells it (mit, apache-2.0); not stated otherwise.
     """
+    check_shard_size(max_shard_size)
     folder = find_run(run)
     model = read_checkpoint(find_checkpoint(folder, step), tokenizer)
     card = model_card(folder, model, name=name or folder.resolve().name, license=license)

@@ -20,7 +20,8 @@ import torch
 import tyro
 
 from gptfast.errors import UserError
-from gptfast.evaluate.loading import Placement, find_checkpoint, load_tokenizer
+from gptfast.evaluate.loading import Placement, config_of, find_checkpoint, load_tokenizer
+from gptfast.model import CONTEXT_FACTOR
 from gptfast.run import exit_code, find_run
 
 
@@ -93,7 +94,7 @@ def run(settings: ServeSettings, *, token: str | None, say: Callable[[str], None
         from gptfast.serve.guard import check_address, is_loopback
         from gptfast.serve.pool import Pool
         from gptfast.serve.server import listen, serve
-        from gptfast.serve.worker import load_engine
+        from gptfast.serve.worker import choose_context, load_engine
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: pip install -e '.[serve]'") from error
 
@@ -107,6 +108,9 @@ def run(settings: ServeSettings, *, token: str | None, say: Callable[[str], None
     folder = find_run(settings.source)
     checkpoint = find_checkpoint(folder, settings.step)
     tokenizer = load_tokenizer(checkpoint, settings.tokenizer)
+    config = config_of(checkpoint)
+    positions = CONTEXT_FACTOR * config.sequence_len
+    context = choose_context(settings.context, config.sequence_len, positions)
     listener = listen(settings.host, settings.port)
 
     # 2. A replica a GPU, in a process of its own, and the application before them.
@@ -117,7 +121,7 @@ def run(settings: ServeSettings, *, token: str | None, say: Callable[[str], None
         ],
         slots=settings.slots,
         queue=settings.queue,
-        context=settings.context,
+        context=context,
     )
     app = create_app(
         pool,

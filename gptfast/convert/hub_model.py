@@ -37,6 +37,7 @@ from gptfast.run import write_json
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _STEP = re.compile(r"[0-9]{1,12}")
 _BLOCK_NAME = re.compile(r"transformer\.h\.(\d+)\.(\w+\.\w+)\.weight")
 # Our name in a block -> theirs in a layer.
@@ -54,6 +55,14 @@ _FIXED = {
     "attention_bias": (False, False),
     "tie_word_embeddings": (False, False),
 }
+
+
+def check_shard_size(text: str) -> None:
+    """UserError if the Hub's library, which looks only when it writes, would not understand it."""
+    if not _SIZE.fullmatch(text):
+        raise UserError(
+            f"max_shard_size {text!r} is no size: 5GB is one, or another number of KB, MB, GB or TB"
+        )
 
 
 def write_hub(

@@ -102,10 +102,15 @@ def _tokenizer_folder(checkpoint: Path, meta: dict) -> Path:
     return data.tokenizer or tokenizer_folder(data.cache, corpus, vocab_size)
 
 
+def config_of(checkpoint: Path) -> GPTConfig:
+    """The architecture of its model."""
+    return GPTConfig(**read_manifest(checkpoint)["meta"]["model_config"])
+
+
 def load_model(checkpoint: Path, placement: Placement) -> GPT:
     """The checkpoint's GPT, ready to evaluate. Raises DamagedCheckpoint if the folder is not what
     was written, UserError if its tensors are not this model's."""
-    config = GPTConfig(**read_manifest(checkpoint)["meta"]["model_config"])
+    config = config_of(checkpoint)
     state = load_full_state(checkpoint, "model")
     model = _without_weights(config, placement)
     parameters = dict(model.named_parameters())

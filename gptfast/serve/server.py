@@ -14,6 +14,7 @@ from gptfast.serve.worker import Failed
 
 # After those who are still answered at the deadline were told so.
 _LAST_SECONDS = 5
+_LARGEST_PORT = 65_535
 
 
 class Server(uvicorn.Server):
@@ -46,6 +47,8 @@ class Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket there; port 0: any that is free. UserError if it cannot be."""
+    if not 0 <= port <= _LARGEST_PORT:
+        raise UserError(f"port must be 0 to {_LARGEST_PORT}, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family)

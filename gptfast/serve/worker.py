@@ -21,6 +21,9 @@ from gptfast.evaluate.loading import Placement, load_model, load_tokenizer
 
 # What the whole process group gets is the server's to obey.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# <|bos|>, a token of the user's between two special ones, the special one before the answer, and a
+# token of that.
+SHORTEST_CONTEXT = 6
 # Why an answer ends, in OpenAI's words.
 STOP, LENGTH = "stop", "length"
 
@@ -82,9 +85,7 @@ def work(
     with connection:
         try:
             engine = make_engine()
-            context = context or engine.model.config.sequence_len
-            if context > engine.context:
-                raise UserError(f"context {context}, but the model has {engine.context} positions")
+            context = choose_context(context, engine.model.config.sequence_len, engine.context)
             generation = engine.open(slots, context)
             generation.warm_up()
             connection.send(Ready(str(engine.device), context))
@@ -97,6 +98,19 @@ def work(
         except Exception as error:
             connection.send(Failed(f"{type(error).__name__}: {error}", by_user=False))
             raise
+
+
+def choose_context(wanted: int | None, trained: int, positions: int) -> int:
+    """The most tokens of prompt and answer: as many as the model was `trained` with, unless others
+    are wanted. UserError if it has not so many `positions`, or no conversation is so short."""
+    context = trained if wanted is None else wanted
+    if context < SHORTEST_CONTEXT:
+        raise UserError(
+            f"context {context}, but a conversation has {SHORTEST_CONTEXT} tokens or more"
+        )
+    if context > positions:
+        raise UserError(f"context {context}, but the model has {positions} positions")
+    return context
 
 
 def _answer(connection: Connection, generation: Generation) -> None:
