@@ -92,7 +92,7 @@ class Engine:
         which is yielded, or after max_tokens, the tool's included.
 
         Args:
-            temperature, top_k, top_p: see gptfast.sampling.Sampling.
+            temperature, top_k, top_p: see gptfast.engine.sampling.Sampling.
             seeds: one for each sequence; what is drawn depends on nothing else. None: from torch's
                 generator, so that torch.manual_seed repeats it.
             stop: ids of the tokens that end a sequence; None: those of STOP_TOKENS.

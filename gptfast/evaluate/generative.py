@@ -18,7 +18,7 @@ class Answering:
     """How answers are made. A problem counts as solved if one of its samples is right.
 
     max_new_tokens: of an answer, the calculator's included. temperature, top_k: as in
-    gptfast.sampling. seed: a sample depends on it, its problem and its number, nothing else.
+    gptfast.engine.sampling. seed: a sample depends on it, its problem and its number, nothing else.
     """
 
     max_new_tokens: int = 512
