@@ -71,12 +71,22 @@ def test_there_and_back_bit_for_bit_with_the_recipe(checkpoint, tmp_path, monkey
         torch.load(path, weights_only=True) for path in (checkpoint, again / "model_000650.pt")
     )
     assert written.keys() == theirs.keys()
+    assert "eps" not in capsys.readouterr().out
     for name, tensor in theirs.items():
         assert tensor.dtype == (torch.bfloat16 if "wte" in name else torch.float32)
         assert written[name].dtype == tensor.dtype
         assert torch.equal(written[name], tensor)
     meta = json.loads((again / "meta_000650.json").read_text())
     assert (meta["step"], meta["model_config"]) == (650, REFERENCE_CONFIG)
+
+
+def test_another_eps_is_told(trained, tmp_path, monkeypatch, capsys):
+    eps = replace(trained, config=replace(trained.config, norm_eps=1e-6))
+    write_run(tmp_path / "run", eps, origin="here", stage="base")
+    command = ["convert", "to-reference", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    convert.main()
+    assert "; its norms' eps is 1.19209e-07, ours 1e-06" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["to-hf", "to-reference", "to-file"])

@@ -20,7 +20,7 @@ import tyro
 
 from gptfast.convert.card import model_card
 from gptfast.convert.hub_model import check_shard_size, read_hub, write_hub
-from gptfast.convert.reference import read_reference, reference_meta, write_reference
+from gptfast.convert.reference import NORM_EPS, read_reference, reference_meta, write_reference
 from gptfast.convert.single_file import read_file, write_file
 from gptfast.convert.trained import TrainedModel, read_checkpoint, write_run
 from gptfast.evaluate.loading import find_checkpoint
@@ -92,8 +92,10 @@ def to_reference(
     folder = find_run(run)
     model = read_checkpoint(find_checkpoint(folder, step), tokenizer)
     write_reference(out, model, reference_meta(folder, model.step))
+    eps = model.config.norm_eps
     print(
         f"{describe(model)}: {out}; the embedding is bf16 there, the optimizer's state stays here"
+        + (f"; its norms' eps is {NORM_EPS:g}, ours {eps:g}" if eps != NORM_EPS else "")
     )
 
 

@@ -85,8 +85,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def write_reference(out: Path, model: TrainedModel, meta: dict[str, Any]) -> None:
     """A folder that the reference's scripts can load from; the optimizer's state is not in it.
 
-    meta: what its meta_NNNNNN.json tells beside step and model_config. UserError if the model is
-    one that the reference cannot be told about.
+    meta: what its meta_NNNNNN.json tells beside step and model_config. UserError if the model has
+    another rotary base or softcap than the reference. The norms' eps becomes NORM_EPS there: in
+    place of 1e-6 it changes the logits of a random model of 4 layers by 6.6e-7.
     """
     config = model.config
     for name, fixed in (("rope_base", ROPE_BASE), ("softcap", SOFTCAP)):
