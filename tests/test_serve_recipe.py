@@ -71,6 +71,17 @@ def test_the_recipe_from_start_to_sigterm(run):
         process.kill()
 
 
+def test_a_base_model_is_served_with_a_word(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(server, "serve", lambda app, pool, listener, **_: listener.close())
+    base = save_run(tmp_path / "base-d1")
+    told = "a base model knows no conversations: what it answers means little before mid and SFT"
+    for source, words in ((run, []), (base, [told])):
+        monkeypatch.setattr(sys, "argv", ["serve.py", f"--source={source}", "--port=0"])
+        recipe.main()
+        said = capsys.readouterr().out.splitlines()
+        assert said == [f"{source}, step_000007", *words]
+
+
 @pytest.mark.parametrize(
     ("flags", "variable", "token"),
     [

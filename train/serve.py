@@ -20,7 +20,13 @@ import torch
 import tyro
 
 from gptfast.errors import UserError
-from gptfast.evaluate.loading import Placement, config_of, find_checkpoint, load_tokenizer
+from gptfast.evaluate.loading import (
+    Placement,
+    config_of,
+    find_checkpoint,
+    load_tokenizer,
+    stage_of_checkpoint,
+)
 from gptfast.model import CONTEXT_FACTOR
 from gptfast.run import exit_code, find_run
 
@@ -137,6 +143,8 @@ def run(settings: ServeSettings, *, token: str | None, say: Callable[[str], None
 
     # 3. Serve.
     say(f"{folder}, {checkpoint.name}")
+    if stage_of_checkpoint(checkpoint) == "base":
+        say("a base model knows no conversations: what it answers means little before mid and SFT")
     serve(app, pool, listener, shutdown_seconds=settings.shutdown_seconds, say=say)
 
 

@@ -107,6 +107,11 @@ def config_of(checkpoint: Path) -> GPTConfig:
     return GPTConfig(**read_manifest(checkpoint)["meta"]["model_config"])
 
 
+def stage_of_checkpoint(checkpoint: Path) -> str:
+    """base, mid, sft or rl: as it says itself, or else as its run is named."""
+    return read_manifest(checkpoint)["meta"].get("stage") or stage_of(checkpoint.parents[1])
+
+
 def load_model(checkpoint: Path, placement: Placement) -> GPT:
     """The checkpoint's GPT, ready to evaluate. Raises DamagedCheckpoint if the folder is not what
     was written, UserError if its tensors are not this model's."""
@@ -159,7 +164,7 @@ def load_subject(
     weights = {"step": manifest["step"], "files": manifest["files"]}
     return Subject(
         name=f"{run.name} (step {manifest['step']})",
-        stage=manifest["meta"].get("stage") or stage_of(run),
+        stage=stage_of_checkpoint(checkpoint),
         model=model,
         tokenizer=loaded,
         identity=weights | _circumstances(model, loaded, placement),
