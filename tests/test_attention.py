@@ -71,6 +71,24 @@ def test_a_backend_that_cannot_run_here_is_refused_with_its_reason():
         choose_attention("flash4", CPU, torch.float32, 16)
 
 
+def test_whatever_a_backend_raises_is_its_reason(monkeypatch):
+    class CompilerError(Exception):
+        """As flash-attn-4's compiler raises it."""
+
+    for error, reason in (
+        (CompilerError("no such layout\nmore"), "flash4: CompilerError: no such layout$"),
+        (AttributeError("no attribute '_flash_attn_fwd'"), "flash4: AttributeError: no attribute"),
+        (CompilerError(" "), "flash4: CompilerError: $"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("gptfast.attention._activate", fail)
+        with pytest.raises(UserError, match=reason):
+            choose_attention("flash4", CPU, torch.float32, 16)
+
+
 def test_an_unknown_backend_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"'fast': choose auto or one of flash4, .*math"):
         choose_attention("fast", CPU, torch.float32, 16)
