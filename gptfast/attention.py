@@ -16,7 +16,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 from gptfast.errors import UserError
 
@@ -165,6 +171,7 @@ def choose_attention(
         if problem is None:
             why = "; ".join([f"{BACKENDS[backend]}, proven by a forward + backward", *rejected])
             return AttentionChoice(backend, why)
+        _restore_flash2()
         rejected.append(f"{backend}: {problem}")
     raise UserError(f"no attention backend works on {device}: {'; '.join(rejected)}")
 
@@ -209,16 +216,21 @@ def _forward_backward(
 
 def _activate(backend: str, device: torch.device) -> None:
     """Make a backend callable in this process; ImportError or RuntimeError if it cannot be."""
-    if backend.startswith("flash") and backend != "flash2":
+    if backend != "flash3":
+        _restore_flash2()
+    if backend in ("flash3", "flash4"):
         if device.type != "cuda":
             raise RuntimeError("needs a CUDA GPU")
-        (_activate_flash4 if backend == "flash4" else _activate_flash3)()
+        if backend == "flash3":
+            activate_flash_attention_impl("FA3")
+        else:
+            _activate_flash4()
 
 
-def _activate_flash3() -> None:
-    from torch.nn.attention import activate_flash_attention_impl
-
-    activate_flash_attention_impl("FA3")
+def _restore_flash2() -> None:
+    """SDPA's own FlashAttention for the whole process, where flash3 has taken its place."""
+    if current_flash_attention_impl():
+        restore_flash_attention_impl()
 
 
 def _activate_flash4() -> None:

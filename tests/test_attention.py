@@ -1,10 +1,17 @@
 """Attention on CPU: values of every backend there, the choice, and its reasons."""
 
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention import (
+    _registry,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 
 from gptfast.attention import BACKENDS, Documents, attention, choose_attention
 from gptfast.errors import UserError
@@ -87,6 +94,54 @@ def test_whatever_a_backend_raises_is_its_reason(monkeypatch):
         monkeypatch.setattr("gptfast.attention._activate", fail)
         with pytest.raises(UserError, match=reason):
             choose_attention("flash4", CPU, torch.float32, 16)
+
+
+@pytest.fixture
+def flash3_in_place(monkeypatch):
+    """SDPA's FlashAttention replaced for the whole process, as flash-attn-3's activation does it,
+    by one that refuses this device."""
+
+    class Handle:
+        def __init__(self):
+            self.library = torch.library.Library("aten", "IMPL", "CPU")
+            self.library.impl("_scaled_dot_product_flash_attention_for_cpu", refuse, "CPU")
+
+        def remove(self):
+            self.library = None
+
+    def refuse(*_, **__):
+        raise RuntimeError("FA3 requires compute capability 9.0")
+
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", Handle)
+    with warnings.catch_warnings():
+        # That an operator is replaced.
+        warnings.simplefilter("ignore", UserWarning)
+        activate_flash_attention_impl("FA3")
+    yield
+    if current_flash_attention_impl():
+        restore_flash_attention_impl()
+
+
+@pytest.mark.usefixtures("flash3_in_place")
+def test_flash2_is_not_flash3():
+    q = torch.randn(1, 4, 2, 16)
+    with pytest.raises(RuntimeError, match="compute capability"):
+        attention(q, q, q, backend="flash2")
+    assert choose_attention("flash2", CPU, torch.float32, 16).backend == "flash2"
+    torch.testing.assert_close(
+        attention(q, q, q, backend="flash2"), attention(q, q, q, backend="math")
+    )
+
+
+@pytest.mark.usefixtures("flash3_in_place")
+def test_a_rejected_flash3_leaves_flash2_as_it_was(monkeypatch):
+    monkeypatch.setattr("gptfast.attention._activate", lambda backend, device: None)
+    with pytest.raises(UserError, match="flash3: RuntimeError: FA3 requires compute capability"):
+        choose_attention("flash3", CPU, torch.float32, 16)
+    q = torch.randn(1, 4, 2, 16)
+    torch.testing.assert_close(
+        attention(q, q, q, backend="flash2"), attention(q, q, q, backend="math")
+    )
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():
