@@ -60,7 +60,8 @@ def _linear_squared_relu(x: Tensor, weight: Tensor) -> Tensor:
 
 @_linear_squared_relu.register_fake
 def _(x, weight):
-    return x.new_empty(len(x), len(weight))
+    # Not len(), which would make a constant of a size that may change.
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("gptfast::squared_relu_dgrad", mutates_args=())
@@ -117,7 +118,8 @@ def _mlp(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> tuple[Tensor, Ten
 
 @_mlp.register_fake
 def _(x, fc_weight, proj_weight):
-    return x.new_empty(len(x), len(proj_weight)), x.new_empty(len(x), len(fc_weight))
+    y, h = (x.new_empty(x.shape[0], weight.shape[0]) for weight in (proj_weight, fc_weight))
+    return y, h
 
 
 @torch.library.custom_op("gptfast::squared_relu_mlp_bwd", mutates_args=())
@@ -205,4 +207,4 @@ def squared_relu_mlp(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> Tenso
             f"{tuple(proj_weight.shape)}; it takes (..., C), (F, C) and (C', F)"
         )
     y, _ = _mlp(as_rows(op, "x", x), fc_weight, proj_weight)
-    return y.view(*x.shape[:-1], len(proj_weight))
+    return y.view(*x.shape[:-1], proj_weight.shape[0])

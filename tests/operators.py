@@ -102,14 +102,24 @@ def assert_repeats(op: Callable, inputs: Sequence[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def assert_compiles(op: Callable, inputs: Sequence[Tensor]) -> None:
-    """torch.compile takes the operator whole, forward and backward, and changes no result."""
+def assert_compiles(op: Callable, inputs: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
+    """torch.compile takes the operator whole, forward and backward, and changes no result.
+
+    others: of other sizes; for all of them together it compiles once.
+    """
+    # Imported here: it takes two seconds, and most tests compile nothing.
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    compiled = torch.compile(op, fullgraph=True, backend=BACKEND)
-    expected = outputs_and_gradients(op, inputs)
-    with warnings.catch_warnings():
-        # The compiler's own: its use of what PyTorch deprecates, and its advice on matrix products.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
-        results = outputs_and_gradients(compiled, inputs)
-    torch.testing.assert_close(results, expected)
+    counter = CompileCounterWithBackend(BACKEND)
+    dynamic = True if others else None
+    compiled = torch.compile(op, fullgraph=True, backend=counter, dynamic=dynamic)
+    for given in (inputs, *others):
+        expected = outputs_and_gradients(op, given)
+        with warnings.catch_warnings():
+            # The compiler's own: its use of what PyTorch deprecates, and its advice on products.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+            results = outputs_and_gradients(compiled, given)
+        torch.testing.assert_close(results, expected)
+    assert counter.frame_count == 1

@@ -122,6 +122,11 @@ def test_compiles():
     assert_compiles(squared_relu_mlp, operands(9, 24, 40, torch.float32))
 
 
+def test_compiles_once_for_any_number_of_rows():
+    _, fc, proj = operands(1, 24, 40, torch.float32)
+    assert_compiles(squared_relu_mlp, *([randn(m, 24), fc, proj] for m in (5, 9, 33)))
+
+
 def test_opcheck():
     x, fc, proj = operands(4, 16, 24, torch.float32)
     leaves = tuple(t.requires_grad_() for t in (x, fc, proj))
