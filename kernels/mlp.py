@@ -54,7 +54,7 @@ def _in_epilogue(a: Tensor, b: Tensor) -> bool:
 @torch.library.custom_op("gptfast::linear_squared_relu", mutates_args=())
 def _linear_squared_relu(x: Tensor, weight: Tensor) -> Tensor:
     if _in_epilogue(x, weight):
-        return squared_relu_product(x, weight.contiguous(), None)
+        return squared_relu_product(x, weight, None)
     return squared_relu(x @ weight.t())
 
 
@@ -67,7 +67,7 @@ def _(x, weight):
 @torch.library.custom_op("gptfast::squared_relu_dgrad", mutates_args=())
 def _squared_relu_dgrad(dy: Tensor, weight: Tensor, h: Tensor) -> Tensor:
     if _in_epilogue(dy, weight):
-        return squared_relu_product(dy.contiguous(), weight.contiguous(), h)
+        return squared_relu_product(dy, weight, h)
     return squared_relu_bwd(dy @ weight, h)
 
 

@@ -34,7 +34,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.launch import FUSED_MULTIPLY_ADD, INTERPRETED, AotCase
 
 # The copy engine takes rows that begin at multiples of 16 bytes; so, it asserts, must matrices.
-ALIGNMENT = 8
+_ALIGNED_BYTES = 16
+ALIGNMENT = 8  # elements of bf16 or fp16
 # Triton's interpreter would multiply the bits of bf16; products of these are exact in fp32.
 _OPERANDS = tl.float32 if INTERPRETED else None
 
@@ -118,15 +119,22 @@ def _squared_relu_product_kernel(
             out.store(place, y.to(out.dtype))
 
 
+def _operand(x: Tensor) -> Tensor:
+    """`x` as the copy engine takes it, contiguous and aligned; if it is not so, a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNED_BYTES == 0 else x.clone()
+
+
 def squared_relu_product(
     a: Tensor, b: Tensor, gate: Tensor | None, config: Mapping[str, int] = CONFIG
 ) -> Tensor:
     """max(a b^T, 0)^2 of b (N, K), or with a gate (M, N) (a b) 2 sqrt(gate) of b (K, N); a (M, K).
 
-    bf16 or fp16, contiguous, K and N multiples of ALIGNMENT. config: `programs` is how many share
-    an SM. Checks nothing.
+    bf16 or fp16, K and N multiples of ALIGNMENT; what is not contiguous, or not aligned, is copied
+    first. config: `programs` is how many share an SM. Checks nothing.
     """
     config = dict(config)
+    a, b, gate = _operand(a), _operand(b), None if gate is None else _operand(gate)
     m, k = a.shape
     n = b.shape[0] if gate is None else b.shape[1]
     out = a.new_empty(m, n)

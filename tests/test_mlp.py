@@ -15,6 +15,7 @@ from tests.operators import (
     assert_compiles,
     assert_repeats,
     dtype_id,
+    outputs_and_gradients,
     randn,
 )
 
@@ -86,6 +87,26 @@ def test_accurate_with_the_activation_in_the_epilogue(monkeypatch):
     for m in (0, 3, 130):
         inputs = operands(m, 24, 40, torch.bfloat16)
         assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
+
+
+@on_hopper
+@pytest.mark.parametrize("place", ["x", "fc", "proj", "dy"])
+def test_operands_anywhere_with_the_activation_in_the_epilogue(place, monkeypatch):
+    """Rows that are not multiples of 16 bytes apart, and what begins at no multiple of them."""
+    monkeypatch.setattr(mlp, "_in_epilogue", lambda a, b: True)
+    at = ("x", "fc", "proj", "dy").index(place)
+    tensors = [*operands(9, 24, 40, torch.bfloat16), randn(9, 24, dtype=torch.bfloat16)]
+    expected = outputs_and_gradients(squared_relu_mlp, tensors[:3], tensors[3:])
+    rows, columns = tensors[at].shape
+    apart = randn(rows, columns + 4, dtype=torch.bfloat16)[:, :columns]
+    shifted = randn(rows * columns + 1, dtype=torch.bfloat16)[1:].view(rows, columns)
+    assert shifted.data_ptr() % 16 == 2
+    for other in (apart, shifted):
+        moved = [*tensors]
+        moved[at] = other.copy_(tensors[at])
+        found = outputs_and_gradients(squared_relu_mlp, moved[:3], moved[3:])
+        # A library may add up strided operands in another order.
+        torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
 
 
 def test_accurate_with_the_weights_gradients_in_two_parts(monkeypatch):
