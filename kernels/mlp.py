@@ -73,7 +73,7 @@ def _squared_relu_dgrad(dy: Tensor, weight: Tensor, h: Tensor) -> Tensor:
 
 @_squared_relu_dgrad.register_fake
 def _(dy, weight, h):
-    return torch.empty_like(h)
+    return h.new_empty(h.shape)
 
 
 def _cut(dy: Tensor, x: Tensor) -> int | None:
@@ -134,7 +134,7 @@ def _mlp_bwd(dy: Tensor, proj_weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor
 
 @_mlp_bwd.register_fake
 def _(dy, proj_weight, h):
-    return torch.empty_like(h), torch.empty_like(proj_weight)
+    return h.new_empty(h.shape), proj_weight.new_empty(proj_weight.shape)
 
 
 @register_flop_formula(torch.ops.gptfast.linear_squared_relu)

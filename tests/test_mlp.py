@@ -154,6 +154,11 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.gptfast.squared_relu_mlp.default, leaves)
 
 
+def test_opcheck_of_backward_by_a_transposed_weight():
+    dy, weight, h = randn(4, 16), randn(24, 16).t(), randn(4, 24).square()
+    torch.library.opcheck(torch.ops.gptfast.squared_relu_mlp_bwd.default, (dy, weight, h))
+
+
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
