@@ -76,16 +76,15 @@ def _(x):
 @torch.library.custom_op("gptfast::squared_relu_bwd", mutates_args=())
 def squared_relu_bwd(dh: Tensor, h: Tensor) -> Tensor:
     """dx of squared_relu, whose output was h."""
+    # A gradient that is not laid out like h (a broadcast one, say) is copied first.
+    dh = dh.contiguous()
     if not runs_kernel(h):
         return (upcast(dh) * (2 * upcast(h).sqrt())).to(h.dtype)
     dx, size = h.new_empty(h.shape), h.numel()
     if size > 0:
         with torch.cuda.device_of(h):
             grid = (triton.cdiv(size, LAUNCH["BLOCK"]),)
-            # A gradient that is not laid out like h (a broadcast one, say) is copied first.
-            _squared_relu_bwd_kernel[grid](
-                dh.contiguous(), h, dx, size, **LAUNCH, **FUSED_MULTIPLY_ADD
-            )
+            _squared_relu_bwd_kernel[grid](dh, h, dx, size, **LAUNCH, **FUSED_MULTIPLY_ADD)
     return dx
 
 

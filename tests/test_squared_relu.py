@@ -103,6 +103,12 @@ def test_opcheck():
     torch.library.opcheck(ops.squared_relu_bwd.default, (randn(4, 5), h))
 
 
+def test_opcheck_of_a_gradient_of_another_layout_where_no_kernel_runs(monkeypatch):
+    monkeypatch.setattr("kernels.squared_relu.runs_kernel", lambda x: False)
+    dh, h = torch.randn(5, 4).T, torch.randn(4, 5).square()
+    torch.library.opcheck(torch.ops.gptfast.squared_relu_bwd.default, (dh, h))
+
+
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits():
     x = torch.randn(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
