@@ -196,15 +196,16 @@ def squared_relu_mlp(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> Tenso
     dtypes = [t.dtype for t in (x, fc_weight, proj_weight)]
     if len({*dtypes}) > 1:
         raise ValueError(f"{op}: x and weights are {dtypes}; it takes one dtype")
+    rows = as_rows(op, "x", x)
     if (
         fc_weight.ndim != 2
         or proj_weight.ndim != 2
-        or fc_weight.shape[1] != x.shape[-1]
+        or fc_weight.shape[1] != rows.shape[1]
         or proj_weight.shape[1] != fc_weight.shape[0]
     ):
         raise ValueError(
             f"{op}: x is {tuple(x.shape)}, weights {tuple(fc_weight.shape)} and "
             f"{tuple(proj_weight.shape)}; it takes (..., C), (F, C) and (C', F)"
         )
-    y, _ = _mlp(as_rows(op, "x", x), fc_weight, proj_weight)
+    y, _ = _mlp(rows, fc_weight, proj_weight)
     return y.view(*x.shape[:-1], proj_weight.shape[0])

@@ -170,6 +170,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         (zeros(4, 16), zeros(8, 24), zeros(16, 8), r"weights \(8, 24\) and \(16, 8\)"),
         (zeros(4, 16), zeros(8, 16), zeros(16, 9), r"it takes \(..., C\), \(F, C\)"),
         (zeros(16, 4).t(), zeros(8, 16), zeros(16, 8), r"has strides \(1, 4\)"),
+        (zeros(), zeros(8, 16), zeros(16, 8), r"x has shape \(\); it needs a last dimension"),
     ],
 )
 def test_refuses(x, fc, proj, message):
