@@ -12,8 +12,8 @@ norm in it,
 
     G = x x^T,  |x|^2 = trace G,  s = (|x| + 1e-7)^2,  B = (a I + b G / s + c G G / s^2) / sqrt(s)
 
-which saves two passes over memory, 6 bytes an element. As G G is of the size of |x|^4, |x| may be
-1e9 at most.
+which saves two passes over memory, 6 bytes an element. As c / |x|^5 must not vanish in fp32, |x|
+may be 1e8 at most: from 5e8 on results are wrong.
 
 A and B are symmetric, so only tiles on and above the diagonal are computed; each is stored a second
 time, mirrored. A matrix is never copied to transpose it: the kernel takes strides. a I is added
@@ -26,7 +26,7 @@ the same bits every time. Cost of a step on a matrix, R rows and C columns:
     FLOPs    whole 4 R R C + 2 R R R, of which the kernel saves nearly half of 2 R R C + 2 R R R.
              d20 (80 of 1280 x 1280, 20 each of 5120 x 1280 and 1280 x 5120) in five steps:
              1.26e13 whole; with blocks of 128, 55 of 100 tiles, 9.2e12
-    bytes    6 R C + 6 R R of bf16 at least; products this large are bound by FLOPs
+    bytes    6 R C + 8 R R of bf16 at least; products this large are bound by FLOPs
 """
 
 from typing import Any
@@ -195,8 +195,8 @@ def _norm(gram: Tensor) -> Tensor:
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     """The matrices of x with their singular values pushed near 1.
 
-    x (N, R, C) bf16, fp16 or fp32 with any strides; returns x's shape in bf16, contiguous on a
-    GPU. Zeros give zeros. ValueError for what it does not take.
+    x (N, R, C) bf16, fp16 or fp32 with any strides, norms up to 1e8; returns x's shape in bf16,
+    contiguous on a GPU. Zeros give zeros. ValueError for what it does not take.
     """
     check_tensors("newton_schulz", x=x)
     if x.ndim != 3 or x[:1].numel() >= 2**31 or steps < 1:

@@ -69,6 +69,12 @@ def test_far_from_one(scale):
     assert_accurate(randn(1, 20, 30, dtype=BF16, scale=scale))
 
 
+@pytest.mark.parametrize("shape", [(1, 20, 30), (1, 30, 20)], ids=str)
+def test_accurate_at_the_largest_norm(shape):
+    x = randn(*shape)
+    assert_accurate((x * (1e8 / x.norm())).bfloat16())
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accurate(shape):
     assert_accurate(randn(*shape, dtype=BF16))
