@@ -16,10 +16,11 @@ What has to be done:
     bytes              2 s M V: one read, one write of each logit (s bytes each)
     special functions  4.5 a logit with a cap (derived below), 3 without; 16 a clock and SM
 
-For d20's chunk (M = 8,192, V = 65,536, bf16) on an H200 these are 0.52 ms at 4.16 TB/s and 0.58 ms
-at 1.98 GHz. Measured: 0.72 ms (2026-11-22, Triton 3.6). Slower there: without loads ahead 0.79; a
-row kept in registers as 16-bit z, so that the second look costs one special function, 0.81 (they
-spill, and an SM holds one row at a time); such z written in place 0.74 (one more pass through L2).
+For d20's chunk (M = 16,384, V = 65,536, bf16) on an H200 these are 1.03 ms at 4.16 TB/s and 1.16 ms
+at 1.98 GHz. Measured: 1.42 ms (2026-11-23, Triton 3.6, bench/results/kernels-h200.json). With half
+as many rows 0.72 ms (2026-11-22); slower there: without loads ahead 0.79; a row kept in registers
+as 16-bit z, so that the second look costs one special function, 0.81 (they spill, and an SM holds
+one row at a time); such z written in place 0.74 (one more pass through L2).
 """
 
 import torch
