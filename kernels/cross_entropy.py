@@ -311,8 +311,8 @@ def linear_cross_entropy(
 
     x (M, C) and weight (V, C), both bf16 or fp32; targets (M,) int64. Rows whose target is
     ignore_index count nothing and have no gradient; any other target outside [0, V) makes the loss
-    NaN. softcap None leaves the logits as they are. weights (M,) fp32, without a gradient, multiply
-    each row's loss: advantages, for a policy gradient.
+    NaN, or on a CPU is an IndexError. softcap None leaves the logits as they are. weights (M,)
+    fp32, without a gradient, multiply each row's loss: advantages, for a policy gradient.
 
     reduction "sum", "mean" over the rows that count (0 if none does), or "none": (M,) losses for
     evaluation, through which no gradient flows. The largest tensor of its own has M / chunks rows

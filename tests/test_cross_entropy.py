@@ -187,6 +187,13 @@ def test_what_is_not_finite_shows(softcap):
     assert losses.isnan().tolist() == [False, False, True, True, True, True]
 
 
+def test_a_target_that_is_no_column_is_refused_where_no_kernel_runs(monkeypatch):
+    monkeypatch.setattr(logits_pass, "runs_kernel", lambda x: False)
+    for target in (300, -2):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+            linear_cross_entropy(torch.randn(1, 16), torch.randn(300, 16), torch.tensor([target]))
+
+
 @over_dtypes
 def test_operands_apart(dtype):
     """Columns of a wider x, a transposed weight, every second target."""
