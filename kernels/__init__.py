@@ -5,6 +5,9 @@ choice and nothing else:
 
     ops = operators("triton")
     y = ops.rms_norm(x)
+
+`embedding` and `rms_norm` are files and functions: `import kernels.embedding as m` gives the
+function; `from kernels.embedding import embedding_ref` finds what else is in the file.
 """
 
 from collections.abc import Callable
