@@ -160,7 +160,9 @@ class Session:
             compile_blocks=system.compile,
             seed=system.seed,
         )
-        self.optimizer: Optimizer = build_optimizer(self.model, OptimSettings())
+        self.optimizer: Optimizer = build_optimizer(
+            self.model, OptimSettings(), kernels=system.kernels
+        )
 
     def _loader(self) -> "BatchLoader | MadeUpTokens":
         data, measure, world = self.settings.data, self.settings.measure, self.world

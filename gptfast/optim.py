@@ -43,7 +43,7 @@ from gptfast.exchange import (
 )
 from gptfast.model import GPT
 from kernels.muon import add_update, add_update_ref, nesterov, nesterov_ref
-from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz import newton_schulz, newton_schulz_ref
 
 # The width at which AdamW's learning rates are stated.
 _BASE_WIDTH = 768
@@ -54,8 +54,34 @@ def adamw_learning_rate(lr: float, n_embd: int) -> float:
     return lr * (n_embd / _BASE_WIDTH) ** -0.5
 
 
-def build_optimizer(model: GPT, settings: LearningSettings) -> "Optimizer":
-    """The optimizer of a stage: Muon on the blocks, AdamW on embedding and head."""
+class MuonOperators(NamedTuple):
+    """What Muon calls; signatures are those of the functions named alike in kernels/.
+
+    newton_schulz: (N, R, C) bf16, steps -> the same shape and dtype; zeros give zeros.
+    """
+
+    newton_schulz: Callable[[Tensor, int], Tensor]
+    nesterov: Callable
+    add_update: Callable
+
+
+def muon_operators(kernels: str, device: torch.device) -> MuonOperators:
+    """Our kernels for "triton", plain PyTorch for "reference", and for both on a CPU."""
+    if device.type != "cuda":
+        # newton_schulz itself takes plain PyTorch there, in fp32: CPUs without bf16 are slow in it.
+        return MuonOperators(newton_schulz, nesterov_ref, add_update_ref)
+    if kernels == "reference":
+        return MuonOperators(newton_schulz_ref, nesterov_ref, add_update_ref)
+    return MuonOperators(newton_schulz, nesterov, add_update)
+
+
+def build_optimizer(
+    model: GPT, settings: LearningSettings, *, kernels: str = "triton"
+) -> "Optimizer":
+    """The optimizer of a stage: Muon on the blocks, AdamW on embedding and head.
+
+    kernels: "triton" or "reference", for Muon; AdamW is PyTorch's own.
+    """
     width = model.config.n_embd
     matrices = model.matrices()
     rest = {n: p for n, p in model.named_parameters() if n not in matrices}
@@ -70,7 +96,7 @@ def build_optimizer(model: GPT, settings: LearningSettings) -> "Optimizer":
             AdamWGroup({name: parameter}, adamw_learning_rate(learning_rates[name], width))
             for name, parameter in rest.items()
         ],
-        newton_schulz=newton_schulz,
+        operators=muon_operators(kernels, model.lm_head.weight.device),
         matrix_lr=settings.matrix_lr,
         weight_decay=settings.weight_decay,
         max_norm=settings.grad_clip or math.inf,
@@ -105,7 +131,6 @@ class Optimizer:
     device when they come here.
 
     matrix_lr: Muon's learning rate, scaled by sqrt(max(1, rows / columns)) for each shape.
-    newton_schulz: (N, R, C) bf16, steps -> the same shape and dtype; zeros give zeros.
     max_norm: gradients whose global norm is above are scaled down to it; math.inf: never.
     """
 
@@ -114,7 +139,7 @@ class Optimizer:
         matrices: Mapping[str, nn.Parameter],
         adamw: Sequence[AdamWGroup],
         *,
-        newton_schulz: Callable[[Tensor, int], Tensor],
+        operators: MuonOperators,
         matrix_lr: float = 0.02,
         newton_schulz_steps: int = 5,
         betas: tuple[float, float] = (0.8, 0.95),
@@ -129,13 +154,10 @@ class Optimizer:
         self.grid = Grid.of(self.parameters)
         self.muon = _group_by_shape(matrices)
         self.adamw = [_AdamWState(group) for group in adamw if group.parameters]
-        self.newton_schulz, self.newton_schulz_steps = newton_schulz, newton_schulz_steps
+        self.operators, self.newton_schulz_steps = operators, newton_schulz_steps
         self.matrix_lr, self.betas, self.eps = matrix_lr, betas, eps
         self.weight_decay, self.max_norm = weight_decay, max_norm
         device = local(next(iter(self.parameters.values()))).device
-        on_gpu = device.type == "cuda"
-        self.nesterov = nesterov if on_gpu else nesterov_ref
-        self.add_update = add_update if on_gpu else add_update_ref
         # fp32 because the fused kernel asks for it: exact up to 16,777,216 steps.
         self.applied_steps = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -190,15 +212,16 @@ class Optimizer:
         packed = packet(group.momentum, R, grid)
         grads = [_gradient(*item) for item in group.parameters.items()]
         out = unpack(packed, own)
-        self.nesterov(group.momentum, grads, scale, momentum, finite, out=out)
+        self.operators.nesterov(group.momentum, grads, scale, momentum, finite, out=out)
         del grads
         _drop_gradients(group.parameters)
         received = yield from all_to_all(packed[grid.replica], grid.shard_group)
-        whole = self.newton_schulz(assemble(received, R), self.newton_schulz_steps)
+        whole = self.operators.newton_schulz(assemble(received, R), self.newton_schulz_steps)
         received = yield from all_to_all(disassemble(whole, grid.n_shards), grid.shard_group)
         received = yield from all_gather(received, grid.replica_group)
         rows = [local(parameter) for parameter in group.parameters.values()]
-        self.add_update(rows, unpack(received, own), -lr * math.sqrt(max(1.0, R / C)))
+        alpha = -lr * math.sqrt(max(1.0, R / C))
+        self.operators.add_update(rows, unpack(received, own), alpha)
 
     def _adamw_update(
         self, state: "_AdamWState", scale: Tensor, finite: Tensor, lr_multiplier: float

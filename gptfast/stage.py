@@ -179,7 +179,7 @@ class Stage:
         )
         if source is not None and not self.settings.run.resume:
             source.load_into(self.model, self.world)
-        self.optimizer = build_optimizer(self.model, self.settings.optim)
+        self.optimizer = build_optimizer(self.model, self.settings.optim, kernels=system.kernels)
 
     def train(
         self,

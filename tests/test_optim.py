@@ -8,6 +8,7 @@ ranks are exact and layouts may be compared bit by bit.
 import math
 import multiprocessing
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,18 +24,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gptfast import optim
+from gptfast.config import LearningSettings
 from gptfast.errors import UserError
+from gptfast.model import GPT, GPTConfig
 from gptfast.optim import (
     AdamWGroup,
     Grid,
+    MuonOperators,
     Optimizer,
     adamw_learning_rate,
     assemble,
+    build_optimizer,
     disassemble,
+    muon_operators,
     packet,
     unpack,
 )
-from kernels.muon import add_update, nesterov
+from kernels.muon import add_update, add_update_ref, nesterov, nesterov_ref
+from kernels.newton_schulz import newton_schulz_ref
 from tests.operators import host_never_waits, poisoned_memory
 
 # Over four ranks: even rows, a rank without rows, fewer rows than ranks; and five, two and one
@@ -165,12 +172,18 @@ class Counting:
         return newton_schulz(x, steps)
 
 
-def optimizer_of(model: nn.Module, **options) -> Optimizer:
+def operators_of(
+    device: str, newton_schulz: Callable = newton_schulz, kernels: str = "triton"
+) -> MuonOperators:
+    return muon_operators(kernels, torch.device(device))._replace(newton_schulz=newton_schulz)
+
+
+def optimizer_of(model: nn.Module, **choices) -> Optimizer:
     parameters = dict(model.named_parameters())
     return Optimizer(
         {name: parameters[name] for name in MATRICES},
         [AdamWGroup({name: parameters[name]}, lr) for name, lr in RATES.items()],
-        **({"newton_schulz": newton_schulz} | options),
+        operators=operators_of(parameters["head"].device.type, **choices),
     )
 
 
@@ -355,6 +368,19 @@ def test_kernels_follow_the_plain_implementation(oracle, monkeypatch):
     assert_follows(train(None), oracle, "kernels")
 
 
+def test_the_reference_has_no_kernel_of_ours(monkeypatch):
+    reference = (newton_schulz_ref, nesterov_ref, add_update_ref)
+    assert muon_operators("reference", torch.device("cuda")) == reference
+    ours = muon_operators("triton", torch.device("cuda"))
+    assert ours == (optim.newton_schulz, nesterov, add_update)
+
+    monkeypatch.setattr(optim, "muon_operators", lambda *asked: asked)
+    config = GPTConfig(sequence_len=8, vocab_size=32, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
+    for kernels in ("triton", "reference"):
+        optimizer = build_optimizer(GPT(config), LearningSettings(), kernels=kernels)
+        assert optimizer.operators == (kernels, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("layout", ["plain", *LAYOUTS])
 def test_ranks_and_replicas_agree_bit_by_bit(layout, runs):
     first, *others = runs[layout]
@@ -471,7 +497,7 @@ def take_step(optimizer: Optimizer, tokens: int = 1) -> None:
 def test_no_clipping_with_an_infinite_limit():
     head = nn.Parameter(torch.ones(2, 2))
     optimizer = Optimizer(
-        {}, [AdamWGroup({"head": head}, 0.1)], newton_schulz=newton_schulz, max_norm=math.inf
+        {}, [AdamWGroup({"head": head}, 0.1)], operators=operators_of("cpu"), max_norm=math.inf
     )
     head.grad = torch.full((2, 2), 800.0)
     take_step(optimizer, tokens=4)
@@ -480,7 +506,7 @@ def test_no_clipping_with_an_infinite_limit():
 
 def test_wrong_parameters_are_refused_by_name():
     weight = nn.Parameter(torch.ones(2, 2))
-    make = partial(Optimizer, newton_schulz=newton_schulz)
+    make = partial(Optimizer, operators=operators_of("cpu"))
     with pytest.raises(ValueError, match="2 parameters given under 1 different names"):
         make({"a": weight}, [AdamWGroup({"a": weight}, 0.1)])
     with pytest.raises(ValueError, match=r"a is torch\.bfloat16; master weights are float32"):
@@ -503,9 +529,10 @@ def test_state_of_another_model_is_refused():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_no_step_waits_for_the_host(oracle):
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_on_a_gpu_no_step_waits_for_the_host(kernels, oracle):
     model = Toy("cuda")
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, kernels=kernels)
     for index in range(2):
         model({name: g.cuda() for name, g in gradients_of(index).items()}).backward()
         inputs = {"token_count": torch.tensor(STEPS[index]["tokens"], device="cuda")}

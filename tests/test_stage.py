@@ -59,7 +59,8 @@ def test_another_tokenizer_is_refused(source_run, tmp_path):
         Source.find(SourceSettings(str(source_run), tokenizer=tmp_path / "other"))
 
 
-def test_a_stage_begins_with_the_sources_weights(source_run, tmp_path):
+def test_a_stage_begins_with_the_sources_weights(source_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptfast.stage.build_optimizer", lambda model, optim, *, kernels: kernels)
     source = Source.find(SourceSettings(str(source_run)))
     saved = load_full_state(source_run / "checkpoints" / "step_000007", "model")
     settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run"))
@@ -67,6 +68,7 @@ def test_a_stage_begins_with_the_sources_weights(source_run, tmp_path):
         stage = Stage("mid", settings, CONFIG, world, lambda line: None)
         stage.check(device_batch_size=2, accumulation=1)
         stage.build(source)
+        assert stage.optimizer == CPU_SYSTEM.kernels == "reference"
         weights = {n: p.detach().full_tensor() for n, p in stage.model.named_parameters()}
         parallel.gather_replica(stage.model, stage.make_gpt())
     assert weights.keys() == saved.keys()
