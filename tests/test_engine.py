@@ -342,7 +342,7 @@ def test_engines_that_cannot_be():
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_on_a_gpu(compiled, kv_heads):
     """fp32 and greedy: the plain sampler's tokens; drawn: what the CPU draws."""
-    cpu, model = random_model(kv_heads), random_model(kv_heads).cuda()
+    cpu, model = random_model(kv_heads), random_model(kv_heads, kernels="triton").cuda()
     engine = Engine(model, TOKENIZER, compiled=compiled, max_rows=4)
     options = {"stop": (), "tool": None}
     for max_tokens in (20, 150):

@@ -219,7 +219,7 @@ def test_what_the_cache_cannot_hold_is_refused():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_joining_on_a_gpu(compiled):
     """Mixed samplings, late comers and cancelled rows: the plain sampler's tokens, in fp32."""
-    cpu, model = random_model(), random_model().cuda()
+    cpu, model = random_model(), random_model(kernels="triton").cuda()
     generation = Engine(model, TOKENIZER, compiled=compiled).open(4, 128)
     generation.warm_up()
     tokens, rows = defaultdict(list), []

@@ -102,8 +102,8 @@ def test_attention_to_the_cache(heads, kv_heads, dim, length, dtype):
     assert not scratch.ended.any()
 
 
-def filled(dtype: torch.dtype = torch.float32) -> GPT:
-    model = GPT(CONFIG)
+def filled(dtype: torch.dtype = torch.float32, **choices: str) -> GPT:
+    model = GPT(CONFIG, **choices)
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def filled(dtype: torch.dtype = torch.float32) -> GPT:
 
 def test_greedy_decoding_equals_the_plain_forward():
     """Two rows, one behind a prompt and one from its first token on."""
-    model = filled()
+    model = filled(kernels="triton")
     cached = CachedGPT(model, few_rows=True)
     assert [cached.decodes_by(rows) for rows in (1, MAX_ROWS, MAX_ROWS + 1)] == [
         *("kernels", "kernels", "operators")
@@ -140,11 +140,17 @@ def test_greedy_decoding_equals_the_plain_forward():
 
 
 def test_what_has_no_kernels_is_decoded_as_before():
-    model = GPT(GPTConfig(**{**CONFIG.to_dict(), "n_head": 12, "n_kv_head": 12}))
+    config = GPTConfig(**{**CONFIG.to_dict(), "n_head": 12, "n_kv_head": 12})
+    model = GPT(config, kernels="triton")
     assert CachedGPT(model, few_rows=True).decodes_by(1) == "operators"
-    assert CachedGPT(filled()).decodes_by(1) == "operators"
+    assert CachedGPT(filled(kernels="triton")).decodes_by(1) == "operators"
     with pytest.raises(ValueError, match="head_dim 4"):
         FewRowsStep(model, CachedGPT(model).weights, 1)
+
+
+def test_a_model_of_plain_pytorch_is_decoded_without_kernels():
+    for kernels, by in (("triton", "kernels"), ("reference", "operators")):
+        assert CachedGPT(filled(kernels=kernels), few_rows=True).decodes_by(1) == by
 
 
 def test_what_the_kernels_do_not_take():

@@ -192,6 +192,7 @@ def test_a_rollout_depends_on_no_other():
 @pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_engine_answers_with_the_trainer_s_weights(place):
     """Through shards into the same memory, which the engine's compiled code and graphs read."""
+    kernels = "reference" if place == "cpu" else "triton"
     with parallel.start(cpu=place == "cpu") as world:
         model = parallel.build_sharded(
             lambda: GPT(CONFIG),
@@ -204,7 +205,7 @@ def test_the_engine_answers_with_the_trainer_s_weights(place):
         actor = Actor(
             model,
             BYTES,
-            make_gpt=lambda: GPT(CONFIG),
+            make_gpt=lambda: GPT(CONFIG, kernels=kernels),
             dtype=torch.float32,
             device=world.device,
             max_rows=4,

@@ -33,8 +33,8 @@ class CachedGPT:
         model: plain (not sharded, not compiled); it is not changed. Its parameters may change in
             place between calls: `refresh` then renews the one copy that is kept, of q, k and v
             side by side.
-        few_rows: decode with hand-written kernels (gptfast/engine/few_rows.py) where they take the
-            model and the number of rows; see `decodes_by`.
+        few_rows: decode with hand-written kernels (gptfast/engine/few_rows.py) where the model's
+            operators are such and these take the model and the number of rows; see `decodes_by`.
         compile: such as INDUCTOR: makes decoding faster; None runs it as it is. Compiled blocks
             decode with the operators in plain PyTorch, which can be fused with their surroundings.
     """
@@ -52,7 +52,7 @@ class CachedGPT:
         self.weights = [
             BlockWeights(*(weight.detach() for weight in block.weights())) for block in model.blocks
         ]
-        self._few_rows = few_rows
+        self._few_rows = few_rows and self.ops.name == "triton"
         self._few_rows_steps: dict[int, FewRowsStep] = {}
         self._decode_head = model.lm_head
         self._decode_block = partial(_decode_block, self.config, self.ops, cached_attention)
