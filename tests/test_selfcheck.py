@@ -16,13 +16,16 @@ import torch
 import kernels
 from gptfast.config import preset
 from gptfast.config_chat import MixtureSettings, mid_preset, sft_preset
+from gptfast.errors import UserError
 from gptfast.selfcheck import FAILED, OK, SKIPPED, run_checks
 from gptfast.selfcheck import checks as selfcheck
 from gptfast.selfcheck.kernels import Case, kernel_cases, kernel_error
 from gptfast.selfcheck.links import _reduce
 from gptfast.speedrun import Here, SpeedrunSettings, make_plan
+from gptfast.speedrun.settings import FlagSettings
 from tests.core_cases import write_bundle
 from tests.operators import DEVICE
+from train.speedrun import read_flags
 
 CASES = {case.name: case for case in kernel_cases(torch.device(DEVICE))}
 GIB = 2**30
@@ -80,6 +83,20 @@ def test_a_wrong_kernel_is_found(part):
         Case("nan", lambda x: x * float("nan"), twice, ((4,),)), torch.device("cpu"), torch.float32
     )
     assert "errs by nan" in nan
+
+
+def test_a_wrong_kernel_is_done_without_in_every_step(monkeypatch):
+    monkeypatch.setattr(selfcheck, "kernel_error", lambda *_: "result 0 errs by 1")
+    plan = make_plan(SpeedrunSettings(rl=True), gpus=1)
+    with pytest.raises(UserError, match="result 0 errs by 1: --base-flags=") as told:
+        selfcheck.check_kernel(CASES["newton_schulz"], plan, torch.device("cpu"))
+    steps = re.findall(r"--(\w+)-flags", str(told.value))
+    assert {f"{step}_flags" for step in steps} | {"tokenizer_flags"} == set(vars(FlagSettings()))
+    flags = FlagSettings(**{f"{step}_flags": "--kernels reference" for step in steps})
+    stages = read_flags(make_plan(SpeedrunSettings(rl=True, flags=flags), gpus=1), nodes=1)
+    assert {name: stage.system.kernels for name, stage in stages.items()} == dict.fromkeys(
+        ("base", "mid", "sft", "rl"), "reference"
+    )
 
 
 def test_the_toy_is_well_and_says_what_was_not_tried(tmp_path):

@@ -259,7 +259,9 @@ def check_kernel(case: Case, plan: Plan, device: torch.device) -> str:
         raise SkippedError("no GPU: plain PyTorch runs instead")
     if wrong := kernel_error(case, device, torch.bfloat16):
         raise UserError(
-            f'{wrong}: --base-flags="--kernels reference" trains without our kernels; please report'
+            f'{wrong}: --base-flags="--kernels reference", and the same in --evaluate-flags, '
+            "--mid-flags, --sft-flags, --rl-flags and --chat-flags, runs without our kernels; "
+            "please report"
         )
     return f"agrees with its reference{', backward too' if case.backward else ''}"
 
