@@ -182,7 +182,7 @@ def test_a_bad_file_is_one_line_that_names_it(source, prepare, tmp_path, name):
         prepare(source / name)
     assert "\n" not in str(caught.value)
     # Nothing half made is left behind.
-    assert not list((tmp_path / "cache").glob(".build-*"))
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_missing_and_empty_datasets(source, prepare):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gptfast.cache import build_once
 from gptfast.chat_data.mixture import Mixture
 from gptfast.conversation import Conversation, render
-from gptfast.data.sources import build_once
 from gptfast.tokenizer import Tokenizer
 
 # Part of the cache's name: raise it when what is written, or how conversations are rendered,

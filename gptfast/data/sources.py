@@ -3,9 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gptfast.cache import build_once
 from gptfast.data import embedded, fineweb
 from gptfast.data.parquet import (
     RowGroup,
@@ -182,23 +180,6 @@ def _convert_and_check(files: list[Path], folder: Path, progress: bool) -> None:
     documents, empty = (sum(column) for column in zip(*counts))
     record = {"documents": documents, "empty": empty}
     (folder / "counts.json").write_text(json.dumps(record) + "\n")
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """The folder, built in a scratch folder and renamed if it does not exist yet."""
-    if not folder.exists():
-        scratch = folder.with_name(f".build-{uuid.uuid4().hex}")
-        scratch.mkdir(parents=True)
-        try:
-            build(scratch)
-            scratch.replace(folder)
-        except OSError:
-            # Another process may have been faster; its folder is as good as ours.
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 def _all_groups(files: list[Path]) -> list[RowGroup]:
