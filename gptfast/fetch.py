@@ -2,15 +2,13 @@
 
 A file is fetched into a scratch folder, compared with the size and sha256 that it should have,
 moved to its name and recorded in NAME.json beside it. A later call finds it by that record and
-its size. Each try is a process of its own (fetch_child.py), because a download that hangs ends
-only with its process.
+its size; a command that wants it while another one fetches it waits for that (cache.py). Each try
+is a process of its own (fetch_child.py), because a download that hangs ends only with its process.
 """
 
 import hashlib
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
+from gptfast.cache import sole_maker
 from gptfast.errors import UserError
 
 _CHILD = Path(__file__).with_name("fetch_child.py")
@@ -148,11 +147,10 @@ def _fetch(target: Path, source: HubFile | WebFile, policy: FetchPolicy, stop: E
 
 def _try_fetch(target: Path, source: HubFile | WebFile, seconds: float) -> None:
     """One try: fetch, verify, move, record. UserError or _FailedTry with the cause."""
-    # Named after machine and file, so that the next run clears what a killed one left.
-    scratch = target.with_name(f".fetch-{platform.node()}-{target.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with sole_maker(target) as scratch:
+        if _is_verified(target):
+            # Another command has fetched it meanwhile.
+            return
         fetched, expected = _run_child(source, scratch, seconds)
         found = {"size": fetched.stat().st_size, "sha256": _sha256(fetched)}
         if found != expected:
@@ -161,8 +159,6 @@ def _try_fetch(target: Path, source: HubFile | WebFile, seconds: float) -> None:
         record.write_text(json.dumps(found) + "\n")
         fetched.replace(target)
         record.replace(_record_of(target))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run_child(

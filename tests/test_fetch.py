@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,15 @@ def test_a_folder_that_cannot_be_is_named(hub, tmp_path):
     (tmp_path / "data").write_text("a file")
     with pytest.raises(UserError, match=rf"cannot be fetched to {tmp_path}/data/.*data"):
         fetch(tmp_path / "data", [B])
+
+
+def test_commands_that_fetch_at_the_same_time_share_what_comes(hub, tmp_path):
+    """Threads stand for commands: flock tells them apart as it does processes."""
+    with ThreadPoolExecutor(3) as pool:
+        commands = [pool.submit(fetch, tmp_path / "data") for _ in range(3)]
+    assert all(command.result() == commands[0].result() for command in commands)
+    assert_fetched(tmp_path / "data", hub)
+    assert sorted(hub.asked("GET")) == sorted(FILES)
 
 
 def web_file(hub: Hub) -> WebFile:
