@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,14 +89,30 @@ def test_too_few_examples_for_the_shots(tmp_path):
         select_examples(few)
 
 
-def test_the_bundle_is_fetched_once_and_verified(tmp_path):
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
     source = write_bundle(tmp_path / "source" / "eval_bundle")
     archive = tmp_path / "eval_bundle.zip"
     with zipfile.ZipFile(archive, "w") as zipped:
         for path in source.rglob("*"):
             zipped.write(path, path.relative_to(source.parent))
+    return archive
+
+
+def address(archive: Path) -> WebFile:
+    return WebFile(archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest())
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+KEPT = {"eval_bundle.zip", "eval_bundle.zip.json"}
+
+
+def test_the_bundle_is_fetched_once_and_verified(archive, tmp_path):
     fetch = partial(fetch_bundle, policy=QUICK)
-    good = WebFile(archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest())
+    good = address(archive)
     with pytest.raises(
         UserError, match=r"eval_bundle.zip could not be .*expected .*'sha256': '000"
     ):
@@ -104,12 +121,50 @@ def test_the_bundle_is_fetched_once_and_verified(tmp_path):
     assert [task.label for task in load_bundle(folder).tasks] == list(TASKS)
     archive.unlink()
     assert fetch(tmp_path / "cache", archive=good) == folder
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["eval_bundle"]
+    assert names(tmp_path / "cache") == {"eval_bundle", *KEPT}
     with pytest.raises(UserError, match=r"could not be fetched in 2 tries: .*name a folder"):
         fetch(tmp_path / "other", archive=good)
     with zipfile.ZipFile(archive, "w") as zipped:
         zipped.writestr("other/core.yaml", "")
-    other = WebFile(good.url, hashlib.sha256(archive.read_bytes()).hexdigest())
     with pytest.raises(UserError, match=r"eval_bundle.zip holds no eval_bundle/core.yaml"):
-        fetch(tmp_path / "other", archive=other)
-    assert list((tmp_path / "other").iterdir()) == []
+        fetch(tmp_path / "other", archive=address(archive))
+    assert names(tmp_path / "other") == KEPT
+
+
+def test_an_archive_whose_unpacking_was_stopped_is_not_fetched_again(
+    archive, tmp_path, monkeypatch
+):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fetch = partial(fetch_bundle, tmp_path / "cache", archive=address(archive), policy=QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fetch()
+    assert names(tmp_path / "cache") == KEPT
+    archive.unlink()
+    assert len(load_bundle(fetch()).tasks) == len(TASKS)
+
+
+def test_several_commands_that_want_the_bundle_get_it(archive, tmp_path):
+    """Threads stand for commands, of one node or of several with a shared cache."""
+    fetch = partial(fetch_bundle, tmp_path / "cache", archive=address(archive), policy=QUICK)
+    with ThreadPoolExecutor(3) as pool:
+        commands = [pool.submit(fetch) for _ in range(3)]
+    assert {command.result() for command in commands} == {tmp_path / "cache" / "eval_bundle"}
+    assert names(tmp_path / "cache") == {"eval_bundle", *KEPT}
+
+
+def test_a_bundle_that_another_node_has_placed_meanwhile_is_taken(archive, tmp_path, monkeypatch):
+    """Where locks do not reach from one node to the other."""
+    cache, extract = tmp_path / "cache", zipfile.ZipFile.extractall
+
+    def slowly(zipped: zipfile.ZipFile, scratch: Path) -> None:
+        extract(zipped, scratch)
+        extract(zipped, cache)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", slowly)
+    folder = fetch_bundle(cache, archive=address(archive), policy=QUICK)
+    assert len(load_bundle(folder).tasks) == len(TASKS)
+    assert names(cache) == {"eval_bundle", *KEPT}

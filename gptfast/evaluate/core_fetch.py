@@ -1,10 +1,9 @@
 """Fetch the CORE bundle: one archive, known by its sha256, unpacked whole or not at all."""
 
-import shutil
-import uuid
 import zipfile
 from pathlib import Path
 
+from gptfast.cache import place, sole_maker
 from gptfast.errors import UserError
 from gptfast.evaluate.core_bundle import CONFIG_FILE
 from gptfast.fetch import FetchPolicy, WebFile, fetch_files
@@ -27,20 +26,20 @@ def fetch_bundle(
 ) -> Path:
     """The bundle's folder in `cache`; fetched (162 MB) and verified if it is not there yet.
 
-    Call it in one process a node. UserError with the cause and what to do if it cannot be had.
+    Call it in one process a node. The archive stays beside the folder, so that a command that was
+    stopped while unpacking it need not fetch it again. UserError with the cause and what to do if
+    it cannot be had.
     """
-    folder = cache.expanduser() / FOLDER
+    cache = cache.expanduser()
+    folder = cache / FOLDER
     if (folder / CONFIG_FILE).is_file():
         return folder
-    scratch = folder.with_name(f".{FOLDER}-{uuid.uuid4().hex}")
-    try:
-        name = f"{FOLDER}.zip"
-        (fetched,) = fetch_files(scratch, {name: archive}, policy=policy, progress=progress)
-        with zipfile.ZipFile(fetched) as zipped:
-            zipped.extractall(scratch)
-        if not (scratch / FOLDER / CONFIG_FILE).is_file():
-            raise UserError(f"{archive} holds no {FOLDER}/{CONFIG_FILE}")
-        (scratch / FOLDER).replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    [fetched] = fetch_files(cache, {f"{FOLDER}.zip": archive}, policy=policy, progress=progress)
+    with sole_maker(folder) as scratch:
+        if not (folder / CONFIG_FILE).is_file():
+            with zipfile.ZipFile(fetched) as zipped:
+                zipped.extractall(scratch)
+            if not (scratch / FOLDER / CONFIG_FILE).is_file():
+                raise UserError(f"{archive} holds no {FOLDER}/{CONFIG_FILE}")
+            place(scratch / FOLDER, folder)
     return folder
