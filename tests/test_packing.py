@@ -1,7 +1,9 @@
 """From conversations to batches: mixtures, tokens in the cache, rows, which rank takes what."""
 
 import json
+import os
 import random
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -175,6 +177,32 @@ def test_other_settings_make_other_tokens(conversations, found, tmp_path):
     assert 100 <= len(some.codes) < 100 + T
     assert np.array_equal(some.codes, found.codes[: len(some.codes)])
     assert len({cut.identity, some.identity, found.identity}) == 3
+
+
+def test_tokens_are_known_by_what_they_are_wherever_the_file_lies(tmp_path):
+    def tokens_of(file: Path, cache: Path) -> tokens.Tokens:
+        settings = MixtureSettings(train=(str(file),), val=("embedded",))
+        mixture = open_mixtures(settings, train=(), val=()).train
+        return tokenise(mixture, BYTES, max_tokens=T, cache=cache)
+
+    file = write_conversations(tmp_path / "mine.jsonl", 9)
+    first = tokens_of(file, tmp_path)
+    os.utime(file, (1, 1))
+    copy = Path(shutil.copy(file, tmp_path / "copy.jsonl"))
+    same = [
+        tokens_of(file, tmp_path),
+        tokens_of(copy, tmp_path),
+        tokens_of(file, tmp_path / "cache"),
+    ]
+    assert [each.identity for each in same] == [first.identity] * 3
+    # A run goes on with the copy, and not with other conversations in the same place.
+    state = RowLoader(PackedRows(first, T), rows_per_step=2, batch_size=2).state_dict()
+    resumed = RowLoader(PackedRows(tokens_of(copy, tmp_path), T), rows_per_step=2, batch_size=2)
+    resumed.load_state_dict(state)
+    write_conversations(file, 9, word="y")
+    other = RowLoader(PackedRows(tokens_of(file, tmp_path), T), rows_per_step=2, batch_size=2)
+    with pytest.raises(UserError, match="belongs to other conversations"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.slow

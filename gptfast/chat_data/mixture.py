@@ -82,8 +82,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Conversations in their order. identity: JSON of what they come from; the same as long as
-    nothing there changes."""
+    """Conversations in their order. identity: JSON of what they come from and when it was last
+    changed: what their tokens are found by in the cache."""
 
     task: Task
     identity: str

@@ -2,6 +2,7 @@
 
 ids.bin     int32: the id of a token that the assistant learns to say, ~id of any other
 ends.npy    int64: where each conversation ends in it
+sha256      of both; what a run that is resumed knows its conversations by, wherever they lie
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from gptfast.tokenizer import Tokenizer
 
 # Part of the cache's name: raise it when what is written, or how conversations are rendered,
 # changes.
-_FORMAT = 1
+_FORMAT = 2
 # Conversations rendered at a time.
 _CHUNK = 256
 # One core renders 5,000 conversations a second (Python 3.11, tiktoken 0.14, 2026-11-22), and other
@@ -35,7 +36,7 @@ _ALONE = 50_000
 class Tokens(NamedTuple):
     """codes (N,) int32, id or ~id; ends (n,) int64: where each of n conversations ends.
 
-    identity: tells these tokens from all others.
+    identity: tells these tokens from all others; the same wherever their conversations come from.
     """
 
     codes: np.ndarray
@@ -79,14 +80,14 @@ def tokenise(
         progress: show a bar on stderr.
     """
     parts = [_FORMAT, mixture.identity, tokenizer.fingerprint, max_tokens, most]
-    identity = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
         _write(folder, mixture, tokenizer, max_tokens, most, progress)
 
-    folder = build_once(cache.expanduser() / "chat_tokens" / identity[:16], build)
+    folder = build_once(cache.expanduser() / "chat_tokens" / key, build)
     codes = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
-    return Tokens(codes, np.load(folder / "ends.npy"), identity)
+    return Tokens(codes, np.load(folder / "ends.npy"), (folder / "sha256").read_text())
 
 
 def _write(
@@ -98,6 +99,7 @@ def _write(
     progress: bool,
 ) -> None:
     count, lengths, written = len(mixture.task), [], 0
+    digest = hashlib.sha256()
     # None: where it would not be drawn over itself, there is none.
     bar = tqdm(total=count, desc="tokens", unit="conversation", disable=None if progress else True)
     chunks = (mixture.task[at : at + _CHUNK] for at in range(0, count, _CHUNK))
@@ -107,13 +109,18 @@ def _write(
             if most is not None:
                 # Up to and including the conversation that reaches it.
                 kept = min(kept, int(np.searchsorted(ends, most - written)) + 1)
-            file.write(codes[: ends[kept - 1]].tobytes())
+            content = codes[: ends[kept - 1]].tobytes()
+            file.write(content)
+            digest.update(content)
             lengths.append(np.diff(ends[:kept], prepend=0))
             written += int(ends[kept - 1])
             bar.update(kept)
             if most is not None and written >= most:
                 break
-    np.save(folder / "ends.npy", np.concatenate(lengths).cumsum())
+    all_ends = np.concatenate(lengths).cumsum()
+    np.save(folder / "ends.npy", all_ends)
+    digest.update(all_ends.tobytes())
+    (folder / "sha256").write_text(digest.hexdigest())
 
 
 def _rendered(
