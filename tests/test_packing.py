@@ -4,7 +4,9 @@ import json
 import os
 import random
 import shutil
+from concurrent.futures import Future
 from itertools import pairwise
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,37 @@ def test_many_conversations_are_rendered_by_processes_in_order(
     again = tokenise(conversations, BYTES, max_tokens=T, cache=tmp_path / "elsewhere")
     assert np.array_equal(again.codes, found.codes)
     assert np.array_equal(again.ends, found.ends)
+
+
+class PoolHere:
+    """Works in this process; tells what its workers would be forked from."""
+
+    def __init__(self, workers, context, initializer, initargs):
+        self.context = context.get_start_method(), forkserver._forkserver._preload_modules
+        PoolHere.last = self
+        initializer(*initargs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        tokens._worker.clear()
+
+    def submit(self, work, *arguments) -> Future:
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+def test_workers_are_forked_from_a_process_that_has_imported_what_they_need(
+    conversations, found, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(forkserver._forkserver, "_preload_modules", ["__main__"])
+    monkeypatch.setattr(tokens, "ProcessPoolExecutor", PoolHere)
+    monkeypatch.setattr(tokens, "_ALONE", 1)
+    again = tokenise(conversations, BYTES, max_tokens=T, cache=tmp_path / "elsewhere")
+    assert again.identity == found.identity
+    assert PoolHere.last.context == ("forkserver", [tokens.__name__])
 
 
 # --- rows -----------------------------------------------------------------------------------------
