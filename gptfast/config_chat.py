@@ -36,8 +36,8 @@ class MixtureSettings:
     train: tuple[str, ...] = ()
     """Parts of the training mixture; the reference's otherwise."""
     val: tuple[str, ...] = ()
-    """Parts of the validation mixture; otherwise the reference's, or some conversations of --train
-    held out if that is given."""
+    """Parts of the validation mixture; otherwise the reference's or, if --train is given, the last
+    2 % of each of its parts (after shuffling; 1 to 500), which are not trained on."""
     chat_data: Path | None = None
     """Folder with local copies of all that has a name (smoltalk/, mmlu/, gsm8k/, arc/), laid out as
     on the Hub; fetched otherwise."""

@@ -1,8 +1,7 @@
-"""From conversations to batches: mixtures, tokens in the cache, rows, which rank takes what."""
+"""From conversations to batches: tokens in the cache, rows, which rank takes what."""
 
 import json
 import os
-import random
 import shutil
 from concurrent.futures import Future
 from itertools import pairwise
@@ -15,31 +14,17 @@ import torch
 
 from gptfast.attention import Documents
 from gptfast.chat_data import PackedRows, RowLoader, StreamRows, open_mixtures, tokenise, tokens
-from gptfast.chat_data.mixture import Mixture, Part
+from gptfast.chat_data.mixture import Mixture
 from gptfast.chat_data.rows import ids_of, pack_rows
 from gptfast.config_chat import MixtureSettings
 from gptfast.conversation import render
 from gptfast.errors import UserError
 from gptfast.tasks import Conversations
-from gptfast.tasks.embedded import ChosenSums, Docstrings, Sums, embedded
 from gptfast.tokenizer import Tokenizer
+from tests.mixture_cases import write_conversations
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 T = 32
-
-
-def write_conversations(path: Path, count: int, *, word: str = "x", longest: int = 12) -> Path:
-    """Conversations of different lengths; the number of each is in its question."""
-    draw = random.Random(word)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            answer = word * draw.randint(1, longest)
-            messages = [
-                {"role": "user", "content": f"{number}"},
-                {"role": "assistant", "content": answer},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
 
 
 def mixture_of(path: Path) -> Mixture:
@@ -54,102 +39,6 @@ def conversations(tmp_path: Path) -> Mixture:
 @pytest.fixture
 def found(conversations: Mixture, tmp_path: Path) -> tokens.Tokens:
     return tokenise(conversations, BYTES, max_tokens=T, cache=tmp_path)
-
-
-# --- mixtures -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("gsm8k", Part("gsm8k", None, 1.0)),
-        ("smoltalk[:10000]", Part("smoltalk", 10_000, 1.0)),
-        ("my.jsonl:2", Part("my.jsonl", None, 2.0)),
-        ("/a b/my.jsonl[:7]:0.5", Part("/a b/my.jsonl", 7, 0.5)),
-    ],
-)
-def test_a_part_of_a_mixture_is_parsed(text, part):
-    assert Part.parse(text) == part
-
-
-@pytest.mark.parametrize("text", ["gsm8k:0", "gsm8k[:0]", ""])
-def test_a_part_that_is_nothing_is_refused(text):
-    with pytest.raises(UserError, match=r"NAME\[:N\]:W"):
-        Part.parse(text)
-
-
-def test_weights_take_parts_several_times_and_in_fractions(tmp_path):
-    parts = [
-        f"{write_conversations(tmp_path / 'a.jsonl', 10, word='a')}:2.5",
-        f"{write_conversations(tmp_path / 'b.jsonl', 10, word='b')}[:4]",
-    ]
-    mixtures = [
-        open_mixtures(MixtureSettings(train=tuple(parts), val=("embedded",)), train=(), val=())
-        for _ in range(2)
-    ]
-    said = [c["messages"][1]["content"][0] for c in mixtures[0].train.task]
-    assert (said.count("a"), said.count("b")) == (25, 4)
-    # Mixed, and the same at every call.
-    assert said[:25] != ["a"] * 25
-    assert list(mixtures[0].train.task) == list(mixtures[1].train.task)
-    assert mixtures[0].train.identity == mixtures[1].train.identity
-
-
-def test_without_a_validation_of_its_own_a_mixture_holds_some_out(tmp_path):
-    path = write_conversations(tmp_path / "mine.jsonl", 200)
-    found = open_mixtures(MixtureSettings(train=(str(path),)), train=("smoltalk",), val=("mmlu",))
-    numbers = [
-        {c["messages"][0]["content"] for c in side.task} for side in (found.train, found.val)
-    ]
-    assert [len(side) for side in numbers] == [196, 4]
-    assert not numbers[0] & numbers[1]
-    assert found.train.identity != found.val.identity
-
-
-def test_named_parts_come_from_a_folder_laid_out_as_on_the_hub(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (tmp_path / "gsm8k" / "main").mkdir(parents=True)
-    for split, count in (("train", 5), ("test", 3)):
-        rows = [
-            {"question": f"{i}?", "answer": f"<<1+{i}={1 + i}>>#### {1 + i}"} for i in range(count)
-        ]
-        file = tmp_path / "gsm8k" / "main" / f"{split}-00000-of-00001.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    settings = MixtureSettings(chat_data=tmp_path)
-    found = open_mixtures(settings, train=("gsm8k",), val=("gsm8k[:2]",))
-    assert (len(found.train.task), len(found.val.task)) == (5, 2)
-
-
-@pytest.mark.parametrize(
-    ("part", "words"),
-    [("nothing.jsonl", "none of smoltalk, mmlu, gsm8k"), ("gsm8k", "gsm8k/main has no train")],
-)
-def test_a_part_that_is_not_there_is_named(tmp_path, part, words):
-    with pytest.raises(UserError, match=words):
-        open_mixtures(MixtureSettings(train=(part,), chat_data=tmp_path), train=(), val=())
-
-
-def test_embedded_conversations_are_the_same_at_every_call_and_apart():
-    train, val = embedded(split="train"), embedded(split="val")
-    assert list(val) == list(embedded(split="val"))
-    asked = {c["messages"][0]["content"] for c in train}
-    documented = [c["messages"][0]["content"] for c in Docstrings(split="val")]
-    assert len(documented) > 50
-    assert not asked & set(documented)
-    assert all(render(BYTES, conversation, max_tokens=None).ids for conversation in val)
-
-
-def test_embedded_sums_are_right_and_scored():
-    for conversation in Sums(split="val"):
-        parts = {part["type"]: part["text"] for part in conversation["messages"][1]["content"][:3]}
-        assert str(eval(parts["python"])) == parts["python_output"]
-        assert Sums(split="val").evaluate(conversation, f"It is {parts['python_output']}.")
-    for conversation in ChosenSums(split="val"):
-        question, answer = (message["content"] for message in conversation["messages"])
-        a, b = (int(word) for word in question.partition(": ")[2].split("?")[0].split(" plus "))
-        assert f"- {a + b}={answer}" in question
 
 
 # --- tokens ---------------------------------------------------------------------------------------

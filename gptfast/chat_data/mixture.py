@@ -6,7 +6,7 @@ A part is written NAME, NAME[:N] (N of its conversations), NAME:W (W times) or N
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +46,8 @@ _NAMED: dict[str, tuple[str, Callable[[Path], Task], Callable[[Path], Task]]] = 
 }
 _PART = re.compile(r"(?P<name>.+?)(\[:(?P<limit>\d+)\])?(:(?P<weight>\d+(\.\d+)?))?")
 
-# Of a mixture without a validation of its own, this share is held out, at most so many.
+# Where a mixture has no validation of its own, each of its parts holds out this share, at most so
+# many.
 _HELD_OUT_SHARE = 50
 _HELD_OUT_MOST = 500
 
@@ -75,7 +76,6 @@ class Part:
 
     def copies(self, task: Task) -> list[Task]:
         """The task as often as the weight says."""
-        task = task[: self.limit]
         whole, rest = divmod(self.weight, 1.0)
         return [task] * int(whole) + [task[: round(rest * len(task))]]
 
@@ -95,6 +95,17 @@ class Mixtures:
     val: Mixture
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A part's conversations, after its limit and before its weight. side: what they are for;
+    states: of the files that they come from."""
+
+    part: Part
+    task: Task
+    side: str
+    states: list[tuple[str, int, int]]
+
+
 def open_mixtures(
     settings: MixtureSettings,
     *,
@@ -108,10 +119,10 @@ def open_mixtures(
     train, val: the reference's, used where the settings name none.
     UserError: for a part that does not exist or cannot be read or fetched.
     """
-    open_parts = partial(_open, settings, progress=progress)
+    open_parts = partial(_open_parts, settings, progress=progress)
     training = open_parts(settings.train or train, split="train")
     if settings.val or not settings.train:
-        return Mixtures(training, open_parts(settings.val or val, split="val"))
+        return Mixtures(_mix(training), _mix(open_parts(settings.val or val, split="val")))
     return _hold_out(training)
 
 
@@ -128,18 +139,22 @@ def check_parts(settings: MixtureSettings, *, train: Sequence[str], val: Sequenc
                 raise UserError(f"no {part.name} in --chat-data: no folder {folder}")
 
 
-def _open(
+def _open_parts(
     settings: MixtureSettings, parts: Sequence[str], *, split: embedded_task.Split, progress: bool
-) -> Mixture:
-    tasks, identity = [], []
+) -> list[_Opened]:
+    opened = []
     for part in map(Part.parse, parts):
         task, files = _open_part(settings, part.name, split=split, progress=progress)
-        tasks += part.copies(task)
         states = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        identity.append([part.name, part.limit, part.weight, split, len(task), states])
-    mixture = TaskMixture(tasks)
+        opened.append(_Opened(part, task[: part.limit], split, states))
+    return opened
+
+
+def _mix(opened: Sequence[_Opened]) -> Mixture:
+    mixture = TaskMixture([copy for each in opened for copy in each.part.copies(each.task)])
     if not len(mixture):
-        raise UserError(f"no conversation in {' '.join(parts)}")
+        raise UserError(f"no conversation in {' '.join(each.part.name for each in opened)}")
+    identity = [[*astuple(each.part), each.side, len(each.task), each.states] for each in opened]
     return Mixture(mixture, json.dumps(identity))
 
 
@@ -175,19 +190,22 @@ def _own_files(path: Path) -> list[Path]:
     return files
 
 
-def _hold_out(mixture: Mixture) -> Mixtures:
-    """The last conversations of the mixture validate. A conversation that is in it several times
-    may be on both sides."""
-    size = len(mixture.task)
-    if size < 2:
-        raise UserError("a single conversation cannot both train and validate: give more, or --val")
-    held_out = min(_HELD_OUT_MOST, max(1, size // _HELD_OUT_SHARE))
-    return Mixtures(
-        *(
-            replace(mixture, task=part, identity=f"{mixture.identity} {name} {held_out}")
-            for name, part in (
-                ("without last", mixture.task[:-held_out]),
-                ("last", mixture.task[-held_out:]),
-            )
+def _hold_out(opened: Sequence[_Opened]) -> Mixtures:
+    """The last conversations of each part validate, once each whatever its weight; the others
+    train. None does both: they are held out before any is taken several times."""
+    names = [each.part.name for each in opened]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"{twice[0]} is named twice, so that what is held out of one would train in the other: "
+            f"give {twice[0]}:2, or --val"
         )
-    )
+    training, held_out = [], []
+    for each in opened:
+        size = len(each.task)
+        cut = size - (min(_HELD_OUT_MOST, max(1, size // _HELD_OUT_SHARE)) if size > 1 else 0)
+        training.append(replace(each, task=each.task[:cut], side="not held out"))
+        once = replace(each.part, weight=1.0)
+        held_out.append(replace(each, part=once, task=each.task[cut:], side="held out"))
+    if not any(len(each.task) for each in held_out):
+        raise UserError("a single conversation cannot both train and validate: give more, or --val")
+    return Mixtures(_mix(training), _mix(held_out))
