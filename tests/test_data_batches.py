@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,19 +36,28 @@ class BrokenTokenizer:
         raise ZeroDivisionError("the tokenizer's own error")
 
 
-def write_corpus(folder: Path, documents: int = 40, files: int = 2) -> list[RowGroup]:
-    """`files` files of `documents` short documents each, four to a row group."""
+def write_corpus(
+    folder: Path, documents: int = 40, files: int = 2, rows_per_group: int = 4
+) -> list[RowGroup]:
+    """`files` files of `documents` short documents each."""
     groups = []
     for f in range(files):
         texts = [f"{f}:{i} " + "x" * (i % 11) for i in range(documents)]
-        write_documents(folder / f"part_{f}.parquet", texts, rows_per_group=4)
+        write_documents(folder / f"part_{f}.parquet", texts, rows_per_group=rows_per_group)
         groups += row_groups(folder / f"part_{f}.parquet")
     return groups
 
 
 @pytest.fixture
 def groups(tmp_path: Path) -> list[RowGroup]:
+    """20 row groups: several ranks share their rows."""
     return write_corpus(tmp_path)
+
+
+@pytest.fixture
+def many_groups(tmp_path: Path) -> list[RowGroup]:
+    """80 row groups: up to five ranks share whole ones."""
+    return write_corpus(tmp_path, rows_per_group=1)
 
 
 def loader_of(groups: list[RowGroup], **options) -> BatchLoader:
@@ -123,15 +133,17 @@ def test_a_stream_that_fills_its_last_batch_is_not_padded(tmp_path):
     assert next(loader, None) is None
 
 
-def test_resume_is_exact_at_every_batch(groups):
-    stream = stream_of(groups)
-    steps = 2 * len(stream) // (B * T)
-    loader = loader_of(groups, epochs=3)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_resume_is_exact_at_every_batch(groups, world_size):
+    loader_of_rank = partial(loader_of, groups, rank=world_size - 1, world_size=world_size)
+    steps = 2 * len(stream_of(groups)) // (B * T * world_size)
+    loader = loader_of_rank(epochs=3)
     states, batches = [], []
     for _ in range(steps):
         states.append(json.dumps(loader.state_dict()))
         batches.append(next(loader))
-    resumed = loader_of(groups, epochs=3)
+    assert loader.epoch >= 1
+    resumed = loader_of_rank(epochs=3)
     for step, state in enumerate(states):
         resumed.load_state_dict(json.loads(state))
         assert json.dumps(resumed.state_dict()) == state
@@ -178,25 +190,37 @@ def test_state_of_an_ended_iteration_ends_at_once(groups):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_read_every_document_once_an_epoch(groups, world_size):
+@pytest.mark.parametrize("corpus", ["groups", "many_groups"])
+def test_ranks_read_every_document_once_an_epoch(request, corpus, world_size):
+    groups = request.getfixturevalue(corpus)
     read = []
     for rank in range(world_size):
         loader = loader_of(groups, rank=rank, world_size=world_size, epochs=1)
         inputs, targets = flat(list(loader))
-        stream = stream_of(groups, rank, world_size)
-        assert inputs[: len(stream) - 1] == stream[:-1]
+        if corpus == "many_groups":
+            stream = stream_of(groups, rank, world_size)
+            assert inputs[: len(stream) - 1] == stream[:-1]
         read += documents_of([inputs[0], *(id_ for id_ in targets if id_ >= 0)])
     assert sorted(read) == sorted(documents_of(stream_of(groups)))
 
 
-@pytest.mark.parametrize("rows", [[8], [1, 20], [3, 3, 3], [40, 1, 1]])
-def test_fewer_row_groups_than_ranks_are_cut_into_equal_runs(rows):
+@pytest.mark.parametrize(
+    "rows", [[8], [1, 20], [3, 3, 3], [40, 1, 1], [1024] * 9 + [700], [1024] * 127]
+)
+def test_the_rows_of_few_row_groups_are_cut_into_equal_runs(rows):
     groups = [RowGroup(Path("a"), i, 10, 10 + n) for i, n in enumerate(rows)]
     parts = [share(groups, rank, 8) for rank in range(8)]
     read = [(g.index, row) for part in parts for g in part for row in range(g.start, g.stop)]
     assert read == [(g.index, row) for g in groups for row in range(g.start, g.stop)]
     sizes = [sum(g.rows for g in part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(128, 8), (32, 2), (1, 1), (3, 1)])
+def test_many_row_groups_are_shared_whole(count, world_size):
+    groups = [RowGroup(Path("a"), i, 0, 9) for i in range(count)]
+    for rank in range(world_size):
+        assert share(groups, rank, world_size) == groups[rank::world_size]
 
 
 def test_eight_ranks_on_one_row_group_and_too_few_documents(tmp_path):
@@ -214,12 +238,12 @@ def test_empty_documents_are_skipped_and_a_rank_without_text_is_an_error(tmp_pat
     import pyarrow.parquet as pq
 
     path = tmp_path / "a.parquet"
-    table = pa.table({"text": ["one", "", None, "two", "", None]})
+    table = pa.table({"text": ["one", "two", "", None, "", None]})
     pq.write_table(table, path, row_group_size=4)
     groups = row_groups(path)
     inputs, _ = flat([next(loader_of(groups))])
     assert inputs == (stream := [BOS, *b"one", BOS, *b"two"]) * 2 + stream[:5]
-    with pytest.raises(UserError, match=r"1 row group\(s\) has any text"):
+    with pytest.raises(UserError, match=r"2 row group\(s\) has any text"):
         next(loader_of(groups, rank=1, world_size=2))
 
 
@@ -244,28 +268,45 @@ def test_a_prolonged_dataset_is_accepted_in_its_first_epoch_only(groups):
         longer.load_state_dict(loader.state_dict())
 
 
+def test_a_prolonged_dataset_is_accepted_where_its_row_groups_are_shared_whole(many_groups):
+    def loader(count: int) -> BatchLoader:
+        return loader_of(many_groups[:count], rank=1, world_size=2)
+
+    loader(80).load_state_dict(loader(32).state_dict())
+    with pytest.raises(UserError, match="another dataset: it had 31 row groups, this one has 80"):
+        loader(80).load_state_dict(loader(31).state_dict())
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_resharded_ranks_begin_after_the_last_finished_row_group(groups, world_size):
+def test_resharded_ranks_begin_after_the_last_finished_row_group(many_groups, world_size):
     # Three ranks at uneven places of the second epoch: rank 2 has finished its units 0 and 1,
     # which are row groups 2 and 5; rank 1 only unit 0, row group 1.
     units = {0: 1, 1: 1, 2: 2}
-    old = [loader_of(groups, rank=r, world_size=3).state_dict() for r in range(3)]
+    old = [loader_of(many_groups, rank=r, world_size=3).state_dict() for r in range(3)]
     old = [state | {"epoch": 1, "unit": units[state["rank"]], "token": 5} for state in old]
     old[0] = old[0] | {"epoch": 0, "unit": 6}
     read = []
     for rank, state in enumerate(reshard_states(old[::-1], world_size)):
         assert state["epoch"] == 1
-        loader = loader_of(groups, rank=rank, world_size=world_size, epochs=2)
+        loader = loader_of(many_groups, rank=rank, world_size=world_size, epochs=2)
         loader.load_state_dict(state)
         inputs, targets = flat(list(loader))
         read += documents_of([inputs[0], *(id_ for id_ in targets if id_ >= 0)])
-    assert sorted(read) == sorted(documents_of(stream_of(groups[6:])))
+    assert sorted(read) == sorted(documents_of(stream_of(many_groups[6:])))
 
 
-def test_resharding_for_ranks_that_share_row_groups_begins_the_next_epoch(groups):
-    groups = groups[:3]
+@pytest.mark.parametrize(("old_size", "new_size"), [(2, 8), (2, 1), (1, 2), (1, 8)])
+def test_resharding_for_ranks_that_share_rows_begins_the_next_epoch(groups, old_size, new_size):
+    states = [loader_of(groups, rank=r, world_size=old_size).state_dict() for r in range(old_size)]
+    assert {(s["epoch"], s["unit"]) for s in reshard_states(states, new_size)} == {(1, 0)}
+    resumed = loader_of(groups, rank=new_size - 1, world_size=new_size)
+    said = "20 row groups are too few to go on within an epoch: every rank begins the next one"
+    assert resumed.load_resharded(states) == said
+    assert resumed.epoch == 1
+
+
+def test_resharding_needs_all_ranks(groups):
     states = [loader_of(groups, rank=r, world_size=2).state_dict() for r in range(2)]
-    assert {(s["epoch"], s["unit"]) for s in reshard_states(states, 8)} == {(1, 0)}
     with pytest.raises(UserError, match=r"all ranks of one step; got ranks \[1\]"):
         reshard_states(states[1:], 8)
 

@@ -24,6 +24,9 @@ from gptfast.errors import UserError
 
 # Chunks of at most 1,024 documents that wait to be packed.
 _CHUNKS_AHEAD = 2
+# Row groups a rank from which on whole ones are shared: a rank then has at most a sixteenth more
+# than another. With ten on eight ranks, two had twice as much to read as the others.
+_WHOLE_GROUPS = 16
 
 
 class DocumentTokenizer(Protocol):
@@ -149,14 +152,19 @@ class BatchLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the loader that gave `state` was; B and T may differ.
 
-        The tokenizer has to be the same. The dataset too, except that in the first epoch it may
-        have more row groups at its end: a run that is prolonged fetches more shards.
+        The tokenizer has to be the same. The dataset too, except that in the first epoch, if whole
+        row groups are shared, it may have more of them at its end: a run that is prolonged fetches
+        more shards.
 
         Raises:
             UserError: for the state of another dataset, world size or rank.
         """
         count = state["row_groups"]
-        prolonged = state["epoch"] == 0 and self._world_size <= count < len(self._row_groups)
+        prolonged = (
+            state["epoch"] == 0
+            and count < len(self._row_groups)
+            and not _rows_are_shared(count, self._world_size)
+        )
         known = self._row_groups[:count] if prolonged else self._row_groups
         if _fingerprint(known) != state["fingerprint"]:
             raise UserError(
@@ -173,24 +181,30 @@ class BatchLoader:
 
     def load_resharded(self, states: Sequence[dict[str, Any]]) -> str:
         """Continue from the states of all ranks of another world size; where, in words."""
-        self.load_state_dict(reshard_states(states, self._world_size)[self._rank])
+        state = reshard_states(states, self._world_size)[self._rank]
+        self.load_state_dict(state)
+        if state["epoch"] > max(each["epoch"] for each in states):
+            return (
+                f"{state['row_groups']} row groups are too few to go on within an epoch: every "
+                "rank begins the next one"
+            )
         return "every rank goes on at a row group that none has begun"
 
 
 def share(row_groups: Sequence[RowGroup], rank: int, world_size: int) -> list[RowGroup]:
     """The part of the row groups that one rank reads; every row is in exactly one rank's.
 
-    Every world_size-th row group from `rank` on. If there are fewer row groups than ranks, all
-    their rows are cut into world_size runs of equal length, and the rank reads its run.
+    Every world_size-th row group from `rank` on. If there are few of them, fewer than 16 a rank,
+    all their rows are cut into world_size runs of equal length, and the rank reads its run.
 
     Raises:
         UserError: if there are fewer rows than ranks.
     """
-    if len(row_groups) >= world_size:
-        return list(row_groups[rank::world_size])
     rows = sum(group.rows for group in row_groups)
     if rows < world_size:
         raise UserError(f"{rows} document(s) cannot be shared by {world_size} processes")
+    if not _rows_are_shared(len(row_groups), world_size):
+        return list(row_groups[rank::world_size])
     begin, end = rows * rank // world_size, rows * (rank + 1) // world_size
     part, first = [], 0
     for group in row_groups:
@@ -204,6 +218,11 @@ def share(row_groups: Sequence[RowGroup], rank: int, world_size: int) -> list[Ro
     return part
 
 
+def _rows_are_shared(count: int, world_size: int) -> bool:
+    """Whether so few row groups are not shared as wholes. To one rank it is all the same."""
+    return world_size > 1 and count < _WHOLE_GROUPS * world_size
+
+
 def reshard_states(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """States for another number of ranks, from the states of all ranks of one step.
 
@@ -211,7 +230,7 @@ def reshard_states(states: Sequence[dict[str, Any]], world_size: int) -> list[di
     last that any rank had finished in E. So no row group that was finished in E is seen again in
     E. One that was only begun is seen again from its start if it is S or later; of those before
     S, the ones that a slower rank had not finished are skipped until epoch E + 1.
-    If there are fewer row groups than old or new ranks, all continue at the start of epoch E + 1.
+    If the old or the new ranks share rows (see `share`), all continue at the start of epoch E + 1.
 
     Raises:
         UserError: if the states are not those of ranks 0 to N-1 over one dataset.
@@ -225,7 +244,7 @@ def reshard_states(states: Sequence[dict[str, Any]], world_size: int) -> list[di
     epoch = max(state["epoch"] for state in states)
     at = [state for state in states if state["epoch"] == epoch and state["unit"] > 0]
     begin = max((s["rank"] + (s["unit"] - 1) * old_size + 1 for s in at), default=0)
-    if count < max(old_size, world_size):
+    if _rows_are_shared(count, old_size) or _rows_are_shared(count, world_size):
         epoch, begin = epoch + 1, 0
     return [
         {
