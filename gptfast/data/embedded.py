@@ -20,7 +20,7 @@ NAME = f"embedded-python-{platform.python_version()}"
 # Tests repeat themselves, encodings are tables, the others are no longer in every Python.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 _VALIDATION_SHARE = 20
-# Small row groups, so that eight ranks have several each.
+# Small row groups, so that each of eight ranks begins near the start of one.
 _ROWS = 64
 
 
