@@ -53,6 +53,7 @@ def prepare_text(
             validation=settings.validation,
             progress=first,
         )
+        say(f"text: {corpus.split}")
         tokenizer = _load_or_train(settings, corpus, vocab_size, say)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(

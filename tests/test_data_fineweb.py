@@ -31,6 +31,7 @@ def test_first_shards_train_the_last_validates_and_a_second_call_asks_nothing(hu
     names = ["shard_00000.parquet", "shard_00001.parquet", VAL]
     assert {path.name for path in folder.glob("*.parquet")} == set(names)
     assert all((folder / name).read_bytes() == hub.files[name] for name in names)
+    assert corpus.split == f"2 file(s) train, {VAL} validates"
     assert sorted(hub.asked("GET")) == names
     assert {request.repo for request in hub.requests} == {REPO}
     assert next(iter_texts(corpus.train)).startswith("shard_00000.parquet, document 0")

@@ -49,6 +49,7 @@ def test_one_file_of_each_kind_gives_the_same_documents(source, prepare):
     write_documents(source / "d.parquet", DOCUMENTS, rows_per_group=100)
     for name in [*files, "d.parquet"]:
         corpus = prepare(source / name)
+        assert corpus.split == f"{name} trains, its last 2 of 250 document(s) validate"
         # 1 % of 250 rows.
         assert texts_of(corpus.train) == DOCUMENTS[:248]
         assert texts_of(corpus.val) == DOCUMENTS[248:]
@@ -63,8 +64,10 @@ def test_a_folder_validates_on_its_last_file_or_on_the_one_that_is_named(source,
     corpus = prepare(source)
     assert texts_of(corpus.train) == ["first file\n", *DOCUMENTS[:3]]
     assert texts_of(corpus.val) == DOCUMENTS[3:6]
+    assert corpus.split == "2 file(s) train, c.parquet validates"
 
     corpus = prepare(source, validation="a.txt")
+    assert corpus.split == "2 file(s) train, a.txt validates"
     assert texts_of(corpus.train) == DOCUMENTS[:6]
     assert texts_of(corpus.val) == ["first file\n"]
 
@@ -129,7 +132,7 @@ def test_the_embedded_corpus_is_deterministic_split_by_module_and_without_repeat
     assert 4e6 < sum(map(len, train)) < 2e7
     assert 1e5 < sum(map(len, val)) < 2e6
     assert len({*train, *val}) == len(train) + len(val)
-    # Eight ranks get whole row groups.
+    assert first.split == "1 file(s) train, val.parquet validates"
     assert len(first.train) >= 8
     with pytest.raises(UserError, match="embedded has its own validation set"):
         prepare_corpus("embedded", cache=tmp_path, validation="a.txt")

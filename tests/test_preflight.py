@@ -80,14 +80,17 @@ def test_the_preset_without_a_gpu_fits_any_number_of_processes(processes):
 
 
 def test_a_tokenizer_of_another_size_is_refused(monkeypatch):
-    monkeypatch.setattr(preflight, "prepare_corpus", lambda *a, **k: SimpleNamespace(train=[]))
+    corpus = SimpleNamespace(train=[], split="1 file(s) train, last.txt validates")
+    monkeypatch.setattr(preflight, "prepare_corpus", lambda *a, **k: corpus)
     other = SimpleNamespace(vocab_size=300)
     monkeypatch.setattr(preflight, "_load_or_train", lambda *a: other)
     world = SimpleNamespace(node_leader_first=lambda: nullcontext(True))
+    said = []
     with pytest.raises(UserError, match="holds 300 tokens, not --vocab-size 301"):
         preflight.prepare_text(
-            DataSettings(), vocab_size=301, tokens=1, world=world, say=lambda line: None
+            DataSettings(), vocab_size=301, tokens=1, world=world, say=said.append
         )
+    assert said == ["text: 1 file(s) train, last.txt validates"]
 
 
 @pytest.mark.parametrize("name", ["depth", "sequence_len", "vocab_size"])

@@ -62,6 +62,7 @@ def main() -> None:
         validation=settings.validation,
         progress=True,
     )
+    print(f"text: {corpus.split}")
     tokenizer = train(settings, corpus)
     summary = training_summary(tokenizer)
     write_section(settings.out, "Tokenizer training", render_summary(summary))

@@ -35,12 +35,14 @@ class Corpus:
     """A dataset that is on disk, verified, and split.
 
     train, val: row groups in reading order; no row is in both.
+    split: in words, what trains and what validates.
     empty: documents without text, which the reader skips. Not counted for fineweb-edu.
     """
 
     name: str
     train: list[RowGroup]
     val: list[RowGroup]
+    split: str
     empty: int = 0
 
 
@@ -75,16 +77,17 @@ def prepare_corpus(
         raise UserError(f"{spec} has its own validation set; leave validation={validation!r} out")
     if spec == "fineweb-edu":
         train, val = fineweb.fetch_fineweb(cache / spec, train_shards, progress=progress)
-        corpus = Corpus(spec, _all_groups(train), _all_groups([val]))
+        split = _in_words(len(train), val)
+        corpus = Corpus(spec, _all_groups(train), _all_groups([val]), split)
     elif spec == "embedded":
         folder = build_once(cache / f"{embedded.NAME}-{_FORMAT}", embedded.write_embedded)
-        train, val = (row_groups(folder / f"{split}.parquet") for split in ("train", "val"))
-        corpus = Corpus(spec, train, val)
+        train, val = (folder / f"{side}.parquet" for side in ("train", "val"))
+        corpus = Corpus(spec, row_groups(train), row_groups(val), _in_words(1, val))
     else:
         corpus = _corpus_of_files(Path(spec).expanduser(), cache, validation, progress)
-    for split, groups in (("training", corpus.train), ("validation", corpus.val)):
+    for side, groups in (("training", corpus.train), ("validation", corpus.val)):
         if next(iter_texts(groups), None) is None:
-            raise UserError(f"{spec}: the {split} part has no document with text")
+            raise UserError(f"{spec}: the {side} part has no document with text")
     return corpus
 
 
@@ -112,10 +115,17 @@ def _corpus_of_files(path: Path, cache: Path, validation: str | None, progress: 
     if held_out is None:
         groups = _all_groups(parts)
         rows = sum(group.rows for group in groups)
-        train, val = hold_out(groups, min(max(rows // _VALIDATION_SHARE, 1), _VALIDATION_ROWS))
+        last = min(max(rows // _VALIDATION_SHARE, 1), _VALIDATION_ROWS)
+        train, val = hold_out(groups, last)
+        split = f"{files[0].name} trains, its last {last:,} of {rows:,} document(s) validate"
     else:
         train, val = _all_groups(parts[:-1]), _all_groups(parts[-1:])
-    return Corpus(str(path), train, val, counts["empty"])
+        split = _in_words(len(files), held_out)
+    return Corpus(str(path), train, val, split, counts["empty"])
+
+
+def _in_words(train_files: int, validation: Path) -> str:
+    return f"{train_files:,} file(s) train, {validation.name} validates"
 
 
 def _data_files(path: Path) -> list[Path]:
