@@ -38,7 +38,8 @@ class DataSettings:
     validation: str | None = None
     """File of the folder that validates; its last in sorted order otherwise."""
     tokenizer: Path | None = None
-    """Folder of a trained tokenizer; otherwise the cache's for this text and size."""
+    """Folder of a trained tokenizer; otherwise the run's own with --resume, or else the cache's for
+    this text, size and --tokenizer-chars."""
     tokenizer_chars: int = 2_000_000_000
     """Characters to train a tokenizer on, if there is none."""
     cache: Path = DEFAULT_CACHE

@@ -1,6 +1,7 @@
 """What is fetched, built and checked before step 0, so that none of it fails in the middle."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,8 +41,11 @@ def prepare_text(
     tokens: int,
     world: World,
     say: Callable[[str], None],
+    kept: Path | None = None,
 ) -> tuple[Corpus, Tokenizer]:
     """Fetch and verify the text of a run of so many tokens; load its tokenizer, or train it.
+
+    kept: where a run that is resumed may have its tokenizer, whatever became of the text.
 
     One process a node does the work, the others find it done.
     """
@@ -54,7 +58,7 @@ def prepare_text(
             progress=first,
         )
         say(f"text: {corpus.split}")
-        tokenizer = _load_or_train(settings, corpus, vocab_size, say)
+        tokenizer = _load_or_train(settings, corpus, vocab_size, say, kept)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"the tokenizer holds {tokenizer.vocab_size} tokens, not --vocab-size {vocab_size}: "
@@ -109,19 +113,34 @@ def prepare_questions(
 
 
 def _load_or_train(
-    settings: DataSettings, corpus: Corpus, vocab_size: int, say: Callable[[str], None]
+    settings: DataSettings,
+    corpus: Corpus,
+    vocab_size: int,
+    say: Callable[[str], None],
+    kept: Path | None,
 ) -> Tokenizer:
     folder = settings.tokenizer
+    if folder is None and kept is not None and kept.is_dir():
+        folder = kept
     if folder is None:
-        folder = tokenizer_folder(settings.cache, corpus.name, vocab_size)
+        limits = {"max_chars": settings.tokenizer_chars, "doc_cap": 10_000}
+        folder = _cached_tokenizer(settings.cache, corpus, vocab_size, limits)
         if not folder.exists():
             say(f"no tokenizer of {vocab_size} tokens for this text yet: training one")
-            limits = {"max_chars": settings.tokenizer_chars, "doc_cap": 10_000}
             texts = iter_texts(corpus.train, **limits)
             train_tokenizer(texts, folder, vocab_size=vocab_size, settings=limits)
     tokenizer = Tokenizer.load(folder)
     say(f"tokenizer: {tokenizer.vocab_size} tokens, {folder}")
     return tokenizer
+
+
+def _cached_tokenizer(cache: Path, corpus: Corpus, vocab_size: int, limits: dict[str, int]) -> Path:
+    """Where the cache keeps the tokenizer of this text, read up to these limits."""
+    # Of FineWeb-Edu, whose identity is that of all shards, as many are read as hold max_chars.
+    files = min(len({group.path for group in corpus.train}), shards_for(limits["max_chars"], 1.0))
+    digest = hashlib.sha256(json.dumps([corpus.identity, files, limits]).encode()).hexdigest()
+    folder = tokenizer_folder(cache, corpus.name, vocab_size)
+    return folder.with_name(f"{folder.name}-{digest[:8]}")
 
 
 def check_memory(config: GPTConfig, batch: int, accumulation: int, world: World) -> str:
@@ -162,8 +181,9 @@ def check_disk(folder: Path, keep: int, config: GPTConfig) -> None:
 
 
 def tokenizer_folder(cache: Path, corpus_name: str, vocab_size: int) -> Path:
-    """Where the cache keeps the tokenizer of a text. A text given by its path is told from others
-    of the same last name by a digest of the whole path."""
+    """Where the cache kept the tokenizer of a text before its name told what it was trained on; now
+    the beginning of that name. A text given by its path is told from others of the same last name
+    by a digest of the whole path."""
     name = Path(corpus_name).name
     if name != corpus_name:
         digest = hashlib.sha256(str(Path(corpus_name).absolute()).encode()).hexdigest()

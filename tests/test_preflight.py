@@ -1,8 +1,10 @@
 """What is checked before step 0: memory, disk, batch sizes, the tokenizer's size."""
 
+import random
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +18,11 @@ from gptfast.config import (
     accumulation_steps,
     preset,
 )
+from gptfast.data import Corpus, RowGroup
 from gptfast.errors import UserError
 from gptfast.memory import GIB, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig
+from gptfast.tokenizer import Tokenizer
 
 D20 = GPTConfig.from_depth(20, vocab_size=65536)
 
@@ -91,6 +95,61 @@ def test_a_tokenizer_of_another_size_is_refused(monkeypatch):
             DataSettings(), vocab_size=301, tokens=1, world=world, say=said.append
         )
     assert said == ["text: 1 file(s) train, last.txt validates"]
+
+
+def prepare(folder: Path, chars: int, kept: Path | None = None) -> tuple[Tokenizer, list[str]]:
+    said = []
+    _, tokenizer = preflight.prepare_text(
+        DataSettings(data=str(folder / "texts"), cache=folder / "cache", tokenizer_chars=chars),
+        vocab_size=300,
+        tokens=1,
+        world=SimpleNamespace(node_leader_first=lambda: nullcontext(False)),
+        say=said.append,
+        kept=kept,
+    )
+    return tokenizer, said
+
+
+def write_texts(folder: Path, alphabet: str) -> None:
+    folder.mkdir(exist_ok=True)
+    draw = random.Random(0)
+    for number in range(2):
+        words = ("".join(draw.choices(alphabet, k=5)) for _ in range(400))
+        (folder / f"{number}.txt").write_text(" ".join(words))
+
+
+def test_another_text_or_more_of_it_has_another_tokenizer_and_the_first_stays(tmp_path):
+    write_texts(tmp_path / "texts", "abcdef")
+    first, said = prepare(tmp_path, 1000)
+    assert said[0] == "text: 1 file(s) train, 1.txt validates"
+    assert said[1] == "no tokenizer of 300 tokens for this text yet: training one"
+    again, said = prepare(tmp_path, 1000)
+    assert (again.fingerprint, len(said)) == (first.fingerprint, 2)
+    longer, _ = prepare(tmp_path, 2000)
+    assert [each.training["max_chars"] for each in (first, longer)] == [1000, 2000]
+    write_texts(tmp_path / "texts", "uvwxyz")
+    other, _ = prepare(tmp_path, 1000)
+    assert b"uv" in b" ".join(other.tokens[256:])
+    assert other.fingerprint != first.fingerprint
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 3
+    # A run that is resumed has its own, whatever became of the text.
+    first.save(tmp_path / "run")
+    resumed, said = prepare(tmp_path, 1000, kept=tmp_path / "run")
+    assert resumed.fingerprint == first.fingerprint
+    assert said[-1] == f"tokenizer: 300 tokens, {tmp_path / 'run'}"
+    started, _ = prepare(tmp_path, 1000, kept=tmp_path / "new run")
+    assert started.fingerprint == other.fingerprint
+
+
+def test_more_shards_have_another_tokenizer_only_if_they_are_read(tmp_path):
+    def folder(shards: int, chars: int) -> Path:
+        groups = [RowGroup(Path(f"{i}.parquet"), 0, 0, 9) for i in range(shards)]
+        corpus = Corpus("fineweb-edu", groups, [], "", identity="fineweb-edu")
+        return preflight._cached_tokenizer(tmp_path, corpus, 300, {"max_chars": chars})
+
+    assert folder(8, 2_000_000_000) == folder(240, 2_000_000_000)
+    assert folder(7, 2_000_000_000) != folder(8, 2_000_000_000)
+    assert folder(8, 1_000_000_000) != folder(8, 2_000_000_000)
 
 
 @pytest.mark.parametrize("name", ["depth", "sequence_len", "vocab_size"])

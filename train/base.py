@@ -66,6 +66,7 @@ def train(settings: BaseSettings, world: parallel.World, say: Callable[[str], No
         tokens=plan.total_steps * optim.total_batch_size,
         world=world,
         say=say,
+        kept=stage.tokenizer_folder if run.resume else None,
     )
 
     # 3. Model, optimizer, batches, and what evaluates.

@@ -36,6 +36,8 @@ class Corpus:
 
     train, val: row groups in reading order; no row is in both.
     split: in words, what trains and what validates.
+    identity: tells this text from others, and from itself after a change; of fineweb-edu the same
+        for any number of shards.
     empty: documents without text, which the reader skips. Not counted for fineweb-edu.
     """
 
@@ -43,6 +45,7 @@ class Corpus:
     train: list[RowGroup]
     val: list[RowGroup]
     split: str
+    identity: str
     empty: int = 0
 
 
@@ -78,11 +81,12 @@ def prepare_corpus(
     if spec == "fineweb-edu":
         train, val = fineweb.fetch_fineweb(cache / spec, train_shards, progress=progress)
         split = _in_words(len(train), val)
-        corpus = Corpus(spec, _all_groups(train), _all_groups([val]), split)
+        corpus = Corpus(spec, _all_groups(train), _all_groups([val]), split, identity=spec)
     elif spec == "embedded":
         folder = build_once(cache / f"{embedded.NAME}-{_FORMAT}", embedded.write_embedded)
         train, val = (folder / f"{side}.parquet" for side in ("train", "val"))
-        corpus = Corpus(spec, row_groups(train), row_groups(val), _in_words(1, val))
+        split = _in_words(1, val)
+        corpus = Corpus(spec, row_groups(train), row_groups(val), split, identity=folder.name)
     else:
         corpus = _corpus_of_files(Path(spec).expanduser(), cache, validation, progress)
     for side, groups in (("training", corpus.train), ("validation", corpus.val)):
@@ -121,7 +125,7 @@ def _corpus_of_files(path: Path, cache: Path, validation: str | None, progress: 
     else:
         train, val = _all_groups(parts[:-1]), _all_groups(parts[-1:])
         split = _in_words(len(files), held_out)
-    return Corpus(str(path), train, val, split, counts["empty"])
+    return Corpus(str(path), train, val, split, digest, counts["empty"])
 
 
 def _in_words(train_files: int, validation: Path) -> str:
