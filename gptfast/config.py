@@ -45,6 +45,9 @@ class DataSettings:
     cache: Path = DEFAULT_CACHE
     """Where fetched text and trained tokenizers are kept."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "tokenizer_chars")
+
 
 @dataclass(frozen=True)
 class HorizonSettings:

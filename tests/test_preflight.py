@@ -23,6 +23,7 @@ from gptfast.errors import UserError
 from gptfast.memory import GIB, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig
 from gptfast.tokenizer import Tokenizer
+from train.tokenizer import Settings as TokenizerSettings
 
 D20 = GPTConfig.from_depth(20, vocab_size=65536)
 
@@ -152,10 +153,21 @@ def test_more_shards_have_another_tokenizer_only_if_they_are_read(tmp_path):
     assert folder(8, 1_000_000_000) != folder(8, 2_000_000_000)
 
 
-@pytest.mark.parametrize("name", ["depth", "sequence_len", "vocab_size"])
-def test_settings_refuse_what_cannot_work(name):
-    with pytest.raises(UserError, match=f"{name} must be at least 1, got 0"):
-        replace(ModelSettings(), **{name: 0})
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        *((ModelSettings(), name) for name in ("depth", "sequence_len", "vocab_size")),
+        (DataSettings(), "tokenizer_chars"),
+        *(
+            (TokenizerSettings(out=Path("new")), name)
+            for name in ("train_shards", "vocab_size", "max_chars", "doc_cap")
+        ),
+    ],
+)
+def test_settings_refuse_what_cannot_work(settings, name):
+    for number in (0, -1):
+        with pytest.raises(UserError, match=f"{name} must be at least 1, got {number}"):
+            replace(settings, **{name: number})
 
 
 def test_tokenizers_of_texts_given_by_path_stay_in_the_cache_and_apart(tmp_path):

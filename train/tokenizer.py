@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from gptfast.config import DEFAULT_CACHE
+from gptfast.config import DEFAULT_CACHE, at_least_one
 from gptfast.data import Corpus, iter_texts, prepare_corpus
 from gptfast.errors import UserError
 from gptfast.run import exit_code, write_json, write_section
@@ -50,6 +50,9 @@ class Settings:
     """Characters of a document that are used."""
     cache: Path = DEFAULT_CACHE
     """Where fetched text is kept."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "train_shards", "vocab_size", "max_chars", "doc_cap")
 
 
 def main() -> None:
