@@ -48,9 +48,11 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         kept = _rows_before(path, start_step) if start_step else []
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        # Beside it first: on a full disk what a run has told so far stays as it is.
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None
         )
