@@ -11,6 +11,7 @@ import torch
 
 from gptfast.chat_data import Tokens, open_mixtures, tokenise
 from gptfast.chat_data.mixture import EMBEDDED
+from gptfast.checkpoint.files import DISCARDED, PARTIAL, list_steps, step_folder
 from gptfast.config import DataSettings
 from gptfast.config_chat import AccuracySettings, MixtureSettings
 from gptfast.data import Corpus, iter_texts, prepare_corpus, shards_for
@@ -169,13 +170,21 @@ def check_memory(config: GPTConfig, batch: int, accumulation: int, world: World)
 
 
 def check_disk(folder: Path, keep: int, config: GPTConfig) -> None:
-    """UserError unless the checkpoints of a run fit on its disk: those kept, and one in writing."""
-    one = checkpoint_bytes(config)
+    """UserError unless the checkpoints of a run fit on its disk: those kept, and one in writing.
+    What a resumed run has already, and what its first save removes, needs no room."""
+    root, one = folder / "checkpoints", checkpoint_bytes(config)
+    there = min(keep, len(list_steps(root)))
+    left = [
+        step_folder(root, step, s) for s in (PARTIAL, DISCARDED) for step in list_steps(root, s)
+    ]
     free = shutil.disk_usage(folder).free
-    if free < (keep + 1) * one:
+    free += sum(file.stat().st_size for half in left for file in half.iterdir())
+    needed = (keep + 1 - there) * one
+    if free < needed:
+        already = f", {there} of them there already," if there else ""
         raise UserError(
-            f"{keep} checkpoints of {one / 1e9:.2f} GB and one being written need "
-            f"{(keep + 1) * one / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free: "
+            f"{keep} checkpoints of {one / 1e9:.2f} GB{already} and one being written need "
+            f"{needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB free: "
             "keep fewer (--keep), or put the run elsewhere (--out)"
         )
 

@@ -67,6 +67,25 @@ def test_a_full_disk_is_told_with_the_numbers(monkeypatch, tmp_path):
         preflight.check_disk(tmp_path, 2, D20)
 
 
+def test_a_run_that_fitted_its_disk_can_be_resumed(monkeypatch, tmp_path):
+    """Two checkpoints lie there, and half of one that a killed run was writing."""
+    one = preflight.checkpoint_bytes(D20)
+    for name in ("step_000010", "step_000020", "step_000030.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    half = tmp_path / "checkpoints" / "step_000030.partial" / "__0_0.distcp"
+    half.write_bytes(bytes(1000))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, one - 1000))
+    preflight.check_disk(tmp_path, 2, D20)
+    # Keeping fewer than there are, one is still written before one goes.
+    preflight.check_disk(tmp_path, 1, D20)
+    half.write_bytes(bytes(999))
+    with pytest.raises(UserError, match=r"2 of them there already, and one .* need 5\.16 GB"):
+        preflight.check_disk(tmp_path, 2, D20)
+    with pytest.raises(UserError, match=r"3 checkpoints .* need 10\.32 GB"):
+        preflight.check_disk(tmp_path, 3, D20)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_the_reports_batch_is_accumulated_over_fewer_gpus(world):
     assert accumulation_steps(OptimSettings(), 2048, world) == 8 // world
