@@ -93,6 +93,23 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launcher() -> list[str]:
+    """What started this process, as words of a command: python, or torchrun with where it runs.
+    On several nodes --node_rank is this node's."""
+    local_size = os.environ.get("LOCAL_WORLD_SIZE")
+    if local_size is None:
+        return ["python"]
+    nodes = []
+    if (count := process_count() // int(local_size)) > 1:
+        nodes = [
+            f"--nnodes={count}",
+            f"--node_rank={os.environ['GROUP_RANK']}",
+            f"--master_addr={os.environ['MASTER_ADDR']}",
+            f"--master_port={os.environ['MASTER_PORT']}",
+        ]
+    return ["torchrun", *nodes, f"--nproc_per_node={local_size}"]
+
+
 def is_main() -> bool:
     """Whether this is the one process that talks."""
     return int(os.environ.get("RANK", 0)) == 0

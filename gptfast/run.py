@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
 import sys
@@ -17,7 +16,7 @@ from gptfast.checkpoint.files import MANIFEST, list_steps, step_folder
 from gptfast.errors import UserError
 from gptfast.loop import Summary, TrainingDivergedError
 from gptfast.machine import describe_machine
-from gptfast.parallel import World
+from gptfast.parallel import World, launcher
 from gptfast.plots import plot_run
 
 STAGES = ("base", "mid", "sft", "rl")
@@ -130,8 +129,9 @@ def end_run(
         return
     write_json(folder / "summary.json", {**asdict(summary), "ended": timestamp()})
     if summary.stopped:
+        where = ", on each node with its own --node_rank" if world.nodes > 1 else ""
         command = resume_command(folder)
-        say(f"stopped after step {summary.step}; continue with:\n  {command}")
+        say(f"stopped after step {summary.step}; continue with{where}:\n  {command}")
     else:
         before, after = summary.evaluations[0], summary.evaluations[-1]
         names = [n for n in after if n in before and n not in ("step", "tokens")]
@@ -152,13 +152,12 @@ def end_run(
 
 
 def resume_command(folder: Path) -> str:
-    """The command that continues this run, as the user would type it."""
+    """The command that continues this run, as the user would type it (on the first of several
+    nodes, if this is called there)."""
     arguments = [a for a in sys.argv if a != "--resume"]
     if not any(a.startswith("--out") for a in arguments):
         arguments += ["--out", str(folder)]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node={processes}" if processes else "python"
-    return f"{start} {shlex.join(arguments)} --resume"
+    return shlex.join([*launcher(), *arguments, "--resume"])
 
 
 def write_json(path: Path, value: object) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from gptfast.errors import UserError
-from gptfast.run import find_run
+from gptfast.run import find_run, resume_command
 
 
 def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
@@ -57,3 +58,30 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path):
         UserError, match=r"smt is no run's folder; give one, or a stage \(base, mid, sft, rl\): "
     ):
         find_run("smt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "start"),
+    [
+        ({}, "python"),
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}, "torchrun --nproc_per_node=8"),
+        (
+            {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"},
+            "torchrun --nnodes=2 --node_rank=0 --master_addr=node0 --master_port=29511 "
+            "--nproc_per_node=8",
+        ),
+    ],
+    ids=["one process", "one node", "two nodes"],
+)
+def test_the_command_that_continues_starts_as_many_processes_on_as_many_nodes(
+    monkeypatch, torchrun, start
+):
+    # torchrun tells these of one node too, where they say nothing that is worth repeating.
+    address = {"GROUP_RANK": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29511"}
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**address, **torchrun}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train/base.py", "--depth", "4"])
+    command = resume_command(Path("my runs/d4"))
+    assert command == f"{start} train/base.py --depth 4 --out 'my runs/d4' --resume"
