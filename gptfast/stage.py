@@ -205,7 +205,9 @@ class Stage:
             keep=run.keep,
             meta=self._meta(tokenizer),
         )
-        start_step = state.restore(self.say) if run.resume else 0
+        start_step = 0
+        if run.resume:
+            start_step = state.restore(self.say, total_steps=plan.total_steps)
         if world.is_main:
             tokenizer.save(self.tokenizer_folder)
         log = MetricsLog(

@@ -54,9 +54,10 @@ class RunState:
         rank_state = {"loader": self.loader.state_dict(), **_random_states(self.world.device)}
         self.checkpointer.save(step, self._tensors(), rank_state, {**self.meta, "step": step})
 
-    def restore(self, say: Callable[[str], None]) -> int:
+    def restore(self, say: Callable[[str], None], *, total_steps: int) -> int:
         """Load the newest complete checkpoint; the number of steps done. UserError if none is
-        complete, or if it belongs to another architecture, tokenizer or text."""
+        complete, if it belongs to another architecture, tokenizer or text, or if a run of
+        `total_steps` ends before it."""
         step, warnings = self.checkpointer.latest()
         for warning in warnings:
             say(warning)
@@ -64,6 +65,11 @@ class RunState:
             raise UserError(
                 f"--resume: no complete checkpoint in {self.checkpointer.folder}; "
                 "start without --resume, with another --out"
+            )
+        if step > total_steps:
+            raise UserError(
+                f"--resume: {step} steps are done, but the run is to end after {total_steps}: "
+                f"give --num-iterations {step} or more"
             )
         rank_state, meta = self.checkpointer.load(
             step, self._tensors(), model_config=self.meta["model_config"]

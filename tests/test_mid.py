@@ -103,6 +103,14 @@ def test_another_mixture_does_not_go_on_with_the_run(settings, whole, tmp_path):
         run_stage(mid.train, to_folder(other, whole, resume=True))
 
 
+def test_a_run_that_would_end_before_its_checkpoint_does_not_go_on(settings, whole):
+    done = len(rows(whole, "step"))
+    shorter = replace(settings, num_iterations=3)
+    told = f"{done} steps are done, but the run is to end after 3: give --num-iterations {done}"
+    with pytest.raises(UserError, match=told):
+        run_stage(mid.train, to_folder(shorter, whole, resume=True))
+
+
 def test_a_batch_that_does_not_divide_is_told_before_step_0(settings, tmp_path):
     odd = replace(settings, optim=replace(settings.optim, total_batch_size=100))
     with pytest.raises(UserError, match="the nearest that work: 96 or 192"):
