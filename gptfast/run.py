@@ -42,7 +42,8 @@ def exit_code(recipe: Callable[[], None]) -> int:
 def open_run_folder(
     out: Path | None, name: str, settings: object, world: World, *, resume: bool
 ) -> Path:
-    """The folder of this run, made, with settings.json and environment.json in it.
+    """The folder of this run, made; settings.json and environment.json are in it, unless it is to
+    be resumed: see `write_start`.
 
     out: what the user asked for. If nothing: runs/`name`, or the first of runs/`name`-2, -3, ...
     that holds no run yet; to resume, the last that does. UserError if the folder asked for holds
@@ -57,14 +58,26 @@ def open_run_folder(
                 found = f"{found} holds a run already: --resume continues it, --out names another"
             else:
                 found.mkdir(parents=True, exist_ok=True)
-                write_json(found / "settings.json", settings)
-                write_json(found / "environment.json", environment(world))
+                if not resume:
+                    write_start(found, settings, world, resume=False)
         except OSError as error:
             found = f"cannot write to {found}: {error.strerror}"
     folder = world.gather(found)[0]
     if isinstance(folder, str):
         raise UserError(folder)
     return folder
+
+
+def write_start(folder: Path, settings: object, world: World, *, resume: bool) -> None:
+    """settings.json and environment.json (rank 0), whole at any moment; of a resumed run they tell
+    of its last session, but when the first one started."""
+    if not world.is_main:
+        return
+    here, path = environment(world), folder / "environment.json"
+    if resume and path.is_file():
+        here["started"] = json.loads(path.read_text(encoding="utf-8"))["started"]
+    write_json(folder / "settings.json", settings)
+    write_json(path, here)
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -161,9 +174,11 @@ def resume_command(folder: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Readable JSON; dataclasses as objects, paths as strings."""
+    """Readable JSON; dataclasses as objects, paths as strings. What was there is replaced whole."""
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    path.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def write_section(folder: Path, title: str, body: str) -> None:

@@ -31,7 +31,7 @@ from gptfast.nvml import EnergyMeter
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
 from gptfast.preflight import check_disk, check_memory
-from gptfast.run import end_run, environment, find_run, open_run_folder
+from gptfast.run import end_run, environment, find_run, open_run_folder, write_start
 from gptfast.schedule import learning_rate_multiplier
 from gptfast.state import ResumableLoader, RunState
 from gptfast.tokenizer import Tokenizer
@@ -208,6 +208,7 @@ class Stage:
         start_step = 0
         if run.resume:
             start_step = state.restore(self.say, total_steps=plan.total_steps)
+            write_start(self.folder, self.settings, world, resume=True)
         if world.is_main:
             tokenizer.save(self.tokenizer_folder)
         log = MetricsLog(

@@ -99,8 +99,10 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
 
 def test_another_mixture_does_not_go_on_with_the_run(settings, whole, tmp_path):
     other = replace(settings, mixture=replace(settings.mixture, train=("embedded[:30]",)))
+    begun = [(whole / name).read_text() for name in ("settings.json", "environment.json")]
     with pytest.raises(UserError, match="belongs to other conversations"):
         run_stage(mid.train, to_folder(other, whole, resume=True))
+    assert [(whole / n).read_text() for n in ("settings.json", "environment.json")] == begun
 
 
 def test_a_run_that_would_end_before_its_checkpoint_does_not_go_on(settings, whole):

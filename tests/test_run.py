@@ -1,5 +1,6 @@
-"""Which run is meant by a folder or by a stage's name."""
+"""Which run is meant by a folder or a stage's name, how it goes on."""
 
+import json
 import os
 import re
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gptfast import parallel
 from gptfast.errors import UserError
-from gptfast.run import find_run, resume_command
+from gptfast.run import find_run, open_run_folder, resume_command, write_start
 
 
 def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
@@ -20,6 +22,30 @@ def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("")
     return folder
+
+
+def open_folder(out: Path | None, *, resume: bool = False) -> Path:
+    """The folder of a run named base-d4."""
+    with parallel.start(cpu=True) as world:
+        settings = {"depth": 4, "resume": resume}
+        folder = open_run_folder(out, "base-d4", settings, world, resume=resume)
+    return folder
+
+
+def test_what_a_resumed_run_tells_of_its_start(tmp_path):
+    folder = open_folder(tmp_path)
+    environment = json.loads((folder / "environment.json").read_text())
+    first = {**environment, "started": "2026-11-01 10:00:00", "processes": 8}
+    (folder / "environment.json").write_text(json.dumps(first))
+    # Opened to be resumed, the run may yet be refused: nothing is written.
+    open_folder(tmp_path, resume=True)
+    assert json.loads((folder / "environment.json").read_text()) == first
+    assert json.loads((folder / "settings.json").read_text())["resume"] is False
+    with parallel.start(cpu=True) as world:
+        write_start(folder, {"depth": 4, "resume": True}, world, resume=True)
+    now = json.loads((folder / "environment.json").read_text())
+    assert (now["started"], now["processes"]) == ("2026-11-01 10:00:00", 1)
+    assert json.loads((folder / "settings.json").read_text())["resume"] is True
 
 
 def test_a_folder_is_itself(tmp_path, monkeypatch):
