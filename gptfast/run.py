@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from gptfast.checkpoint.files import MANIFEST, list_steps, step_folder
 from gptfast.errors import UserError
+from gptfast.lock import lock_folder
 from gptfast.loop import Summary, TrainingDivergedError
 from gptfast.machine import describe_machine
 from gptfast.parallel import World, launcher
@@ -40,31 +41,50 @@ def exit_code(recipe: Callable[[], None]) -> int:
 
 
 def open_run_folder(
-    out: Path | None, name: str, settings: object, world: World, *, resume: bool
+    out: Path | None,
+    name: str,
+    settings: object,
+    world: World,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
 ) -> Path:
-    """The folder of this run, made; settings.json and environment.json are in it, unless it is to
-    be resumed: see `write_start`.
+    """The folder of this run, made, and locked until this process ends; settings.json and
+    environment.json are in it, unless it is to be resumed: see `write_start`.
 
     out: what the user asked for. If nothing: runs/`name`, or the first of runs/`name`-2, -3, ...
-    that holds no run yet; to resume, the last that does. UserError if the folder asked for holds
-    another run already, or cannot be written.
+    that holds no run yet and where none is alive; to resume, the last that holds one. UserError if
+    the folder asked for holds another run already, if one is alive there, or if it cannot be
+    written.
     """
     # One process looks and makes, so that all agree.
     found: Path | str | None = None
     if world.is_main:
+        first = Path("runs") / name
         try:
-            found = out or _default_folder(Path("runs") / name, resume=resume)
-            if not resume and _holds_a_run(found):
-                found = f"{found} holds a run already: --resume continues it, --out names another"
-            else:
-                found.mkdir(parents=True, exist_ok=True)
-                if not resume:
-                    write_start(found, settings, world, resume=False)
+            found = _take_folder(out, first, resume=resume, say=say)
+            if not resume:
+                write_start(found, settings, world, resume=False)
+        except UserError as error:
+            found = str(error)
         except OSError as error:
-            found = f"cannot write to {found}: {error.strerror}"
+            found = f"cannot write to {out or first}: {error.strerror}"
     folder = world.gather(found)[0]
     if isinstance(folder, str):
         raise UserError(folder)
+    return folder
+
+
+def _take_folder(
+    out: Path | None, first: Path, *, resume: bool, say: Callable[[str], None]
+) -> Path:
+    if out is None and not resume:
+        return next(f for f in _numbered(first) if not _holds_a_run(f) and lock_folder(f, say))
+    folder = out or _last_run(first)
+    if not resume and _holds_a_run(folder):
+        raise UserError(f"{folder} holds a run already: --resume continues it, --out names another")
+    if not lock_folder(folder, say):
+        raise UserError(f"a run is alive in {folder}: wait for its end, or name another --out")
     return folder
 
 
@@ -84,13 +104,17 @@ def _holds_a_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists()
 
 
-def _default_folder(first: Path, *, resume: bool) -> Path:
-    folder, last = first, first
+def _numbered(first: Path) -> Iterator[Path]:
+    """runs/base-d20, runs/base-d20-2, -3, ..."""
+    yield first
     for number in itertools.count(2):
-        if not _holds_a_run(folder):
-            return last if resume else folder
-        folder, last = first.with_name(f"{first.name}-{number}"), folder
-    raise AssertionError("unreachable")
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def _last_run(first: Path) -> Path:
+    """The last of the numbered folders that holds a run, the first if none does."""
+    there = itertools.takewhile(Path.exists, _numbered(first))
+    return [first, *filter(_holds_a_run, there)][-1]
 
 
 def find_run(source: str | Path, runs: Path = Path("runs")) -> Path:

@@ -139,7 +139,7 @@ class Stage:
         system, run = settings.system, settings.run
         self._profile_steps = parse_steps(run.profile_steps) if run.profile_steps else None
         self.folder = open_run_folder(
-            run.out, f"{name}-d{config.n_layer}", settings, world, resume=run.resume
+            run.out, f"{name}-d{config.n_layer}", settings, world, resume=run.resume, say=say
         )
         self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         attention = choose_attention(

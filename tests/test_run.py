@@ -1,9 +1,13 @@
-"""Which run is meant by a folder or a stage's name, how it goes on."""
+"""Which run is meant by a folder or a stage's name, who may write there, how it goes on."""
 
+import errno
+import fcntl
 import json
 import os
 import re
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,16 +28,73 @@ def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
     return folder
 
 
-def open_folder(out: Path | None, *, resume: bool = False) -> Path:
-    """The folder of a run named base-d4."""
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def alive(folder: Path):
+    """Another process holds the folder until the body has ended, and is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-IS", "-c", HOLD, str(folder / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def open_folder(out: Path | None, *, resume: bool = False) -> tuple[Path, list[str]]:
+    """The folder of a run named base-d4, and what was said."""
+    said: list[str] = []
     with parallel.start(cpu=True) as world:
         settings = {"depth": 4, "resume": resume}
-        folder = open_run_folder(out, "base-d4", settings, world, resume=resume)
-    return folder
+        folder = open_run_folder(out, "base-d4", settings, world, resume=resume, say=said.append)
+    return folder, said
+
+
+def test_runs_that_are_started_together_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, third = (Path("runs") / f"base-d4{end}" for end in ("", "-2", "-3"))
+    with alive(first):
+        assert open_folder(None) == (second, [])
+        make_run(second)
+        assert open_folder(None) == (third, [])
+        assert not (first / "settings.json").exists()
+        # The newest run goes on, although the first, begun before it, holds nothing yet.
+        assert open_folder(None, resume=True) == (second, [])
+    # Killed: the lock went with its process.
+    assert open_folder(None) == (first, [])
+
+
+def test_a_run_that_is_alive_is_left_alone(tmp_path):
+    with alive(tmp_path / "run"):
+        for resume in (False, True):
+            with pytest.raises(UserError, match=r"a run is alive in .*run: wait for its end, or"):
+                open_folder(tmp_path / "run", resume=resume)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert open_folder(tmp_path / "run", resume=True) == (tmp_path / "run", [])
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    folder, said = open_folder(tmp_path / "run")
+    assert folder == tmp_path / "run"
+    assert len(said) == 1
+    assert f"{folder} cannot be locked (No locks available): see to it that no other" in said[0]
 
 
 def test_what_a_resumed_run_tells_of_its_start(tmp_path):
-    folder = open_folder(tmp_path)
+    folder, _ = open_folder(tmp_path)
     environment = json.loads((folder / "environment.json").read_text())
     first = {**environment, "started": "2026-11-01 10:00:00", "processes": 8}
     (folder / "environment.json").write_text(json.dumps(first))
