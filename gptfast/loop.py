@@ -20,6 +20,7 @@ import torch.distributed as dist
 from gptfast import hardware
 from gptfast.batch import Batch
 from gptfast.clock import Moment, elapsed_ms, now
+from gptfast.errors import UserError
 from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, seconds_since_launch
 from gptfast.model import GPT
@@ -305,13 +306,18 @@ class Trainer:
         self._account(pending, seconds, loss, bool(finite))
         self._report(pending, seconds, loss, grad_norm, int(supervised))
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self.checkpointer.wait()
-            saved = f"after step {self._saved_at}" if self._saved_at > 0 else "none was written"
             raise TrainingDivergedError(
                 f"{self._skipped_in_a_row} steps in a row without a finite loss and gradient, the "
                 f"last of them step {pending.step} (loss {loss}); no weights were changed by them. "
-                f"Last checkpoint in {self.checkpointer.folder}: {saved}"
+                f"Last checkpoint in {self.checkpointer.folder}: {self._last_save()}"
             )
+
+    def _last_save(self) -> str:
+        try:
+            self.checkpointer.wait()
+        except UserError as error:
+            return f"not that after step {self._saved_at}: {error}"
+        return f"after step {self._saved_at}" if self._saved_at > 0 else "none was written"
 
     def _account(self, pending: _Pending, seconds: float, loss: float, finite: bool) -> None:
         summary = self.summary

@@ -204,10 +204,11 @@ class Stage:
             folder=self.folder / "checkpoints",
             keep=run.keep,
             meta=self._meta(tokenizer),
+            say=self.say,
         )
         start_step = 0
         if run.resume:
-            start_step = state.restore(self.say, total_steps=plan.total_steps)
+            start_step = state.restore(total_steps=plan.total_steps)
             write_start(self.folder, self.settings, world, resume=True)
         if world.is_main:
             tokenizer.save(self.tokenizer_folder)

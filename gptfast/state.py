@@ -36,9 +36,11 @@ class RunState:
         folder: Path,
         keep: int,
         meta: dict,
+        say: Callable[[str], None],
     ) -> None:
         """folder: of the checkpoints, of which the newest `keep` stay; meta: JSON that tells what
-        they belong to, "model_config" and "tokenizer" among it."""
+        they belong to, "model_config" and "tokenizer" among it; say: told what `restore` finds, and
+        of a save that the disk refused."""
         self.world, self.model, self.optimizer = world, model, optimizer
         self.loader, self.meta = loader, meta
         self.checkpointer = Checkpointer(
@@ -47,20 +49,22 @@ class RunState:
             process_group=world.new_host_group(),
             rank=world.rank,
             world_size=world.size,
+            say=say,
         )
+        self.say = say
 
     def save(self, step: int) -> None:
         """Start writing a checkpoint; returns as soon as training may change the tensors."""
         rank_state = {"loader": self.loader.state_dict(), **_random_states(self.world.device)}
         self.checkpointer.save(step, self._tensors(), rank_state, {**self.meta, "step": step})
 
-    def restore(self, say: Callable[[str], None], *, total_steps: int) -> int:
+    def restore(self, *, total_steps: int) -> int:
         """Load the newest complete checkpoint; the number of steps done. UserError if none is
         complete, if it belongs to another architecture, tokenizer or text, or if a run of
         `total_steps` ends before it."""
         step, warnings = self.checkpointer.latest()
         for warning in warnings:
-            say(warning)
+            self.say(warning)
         if step is None:
             raise UserError(
                 f"--resume: no complete checkpoint in {self.checkpointer.folder}; "
@@ -84,8 +88,8 @@ class RunState:
             _set_random_states(rank_state, self.world.device)
         else:
             where = self.loader.load_resharded([each["loader"] for each in rank_state])
-            say(f"checkpoint of {len(rank_state)} processes on {self.world.size}: {where}")
-        say(f"resumed after step {step}")
+            self.say(f"checkpoint of {len(rank_state)} processes on {self.world.size}: {where}")
+        self.say(f"resumed after step {step}")
         return step
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -1,11 +1,14 @@
 """Checkpoints of one process: bit for bit, in the background, damaged, refused, on a full disk."""
 
+import errno
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -229,17 +232,61 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path):
 
 
 def test_a_disk_too_small_is_told_before_writing(tmp_path, monkeypatch):
-    checkpoints = Checkpointer(tmp_path, keep=3)
+    said: list[str] = []
+    checkpoints = Checkpointer(tmp_path, keep=3, say=said.append)
     checkpoints.save(1, some_state(), {}, META)
     checkpoints.wait()
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     state = {"w": torch.zeros(1000, 1000)}
     told = r"disk full: .*step_000002.partial needs 0.004 GB .*, 0.002 GB are free; .*keep=3"
-    with pytest.raises(UserError, match=told):
-        checkpoints.save(2, state, {}, META)
+    checkpoints.save(2, state, {}, META)
+    assert re.match(f"not saved: {told}", said.pop())
     assert names(tmp_path) == ["step_000001"]
+    # The last save of a run is waited for, and its failure is the run's.
+    with pytest.raises(UserError, match=told):
+        checkpoints.close()
     (tmp_path / "file").write_text("")
+    checkpoints = Checkpointer(tmp_path / "file" / "below", keep=1)
+    checkpoints.save(1, state, {}, META)
     with pytest.raises(UserError, match=r"cannot write checkpoints in .*file/below"):
-        Checkpointer(tmp_path / "file" / "below", keep=1).save(1, state, {}, META)
+        checkpoints.close()
+
+
+def test_after_a_save_that_the_disk_refused_the_next_one_is_tried(tmp_path, monkeypatch):
+    said: list[str] = []
+    checkpoints = Checkpointer(tmp_path, keep=3, say=said.append)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        checkpoints.save(1, some_state(1), {}, META)
+    assert len(said) == 1
+    write_file = files.Writer.write_file
+
+    def fail(self, name, data):
+        raise OSError(errno.EIO, "Input/output error", name)
+
+    monkeypatch.setattr(files.Writer, "write_file", fail)
+    checkpoints.save(2, some_state(2), {}, META)
+    while len(said) < 2:
+        # Told when it happens, not a save later.
+        time.sleep(0.01)
+    failure = r"saving .*step_000002 failed: \[Errno 5\] Input/output error: 'rank_00000.pt'"
+    assert re.fullmatch(f"not saved: {failure}", said[1])
+    monkeypatch.setattr(files.Writer, "write_file", write_file)
+    checkpoints.save(3, some_state(3), {}, META)
+    checkpoints.close()
+    assert names(tmp_path) == ["step_000003"]
+    assert len(said) == 2
+
+
+def test_what_is_not_the_disks_fault_is_raised_at_the_next_save(tmp_path, monkeypatch):
+    def fail(self, name, data):
+        raise KeyError(name)
+
+    monkeypatch.setattr(files.Writer, "write_file", fail)
+    checkpoints = Checkpointer(tmp_path, keep=3)
+    checkpoints.save(1, some_state(), {}, META)
+    with pytest.raises(RuntimeError, match=r"saving .*step_000001 failed: 'rank_00000.pt'"):
+        checkpoints.save(2, some_state(), {}, META)
     checkpoints.close()

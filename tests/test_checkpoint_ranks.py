@@ -133,10 +133,12 @@ def fail_on_one_rank(rank: int, world_size: int, group, folder: Path) -> None:
             Path("/dev/full") if path.suffix == ".distcp" else path
         )
     checkpoints.save(2, state, {}, {})
+    # The next is tried; it fails alike, and nothing comes after it.
+    checkpoints.save(3, state, {}, {})
     with pytest.raises(
-        UserError, match=r"disk full: .*step_000002.partial/__1_0.distcp needs 0\.000"
+        UserError, match=r"disk full: .*step_000003.partial/__1_0.distcp needs 0\.000"
     ):
-        checkpoints.save(3, state, {}, {})
+        checkpoints.wait()
     dist.barrier()
     assert names(folder) == ["step_000001"]
     # What one rank alone does wrong is an error on all of them, not a hang.

@@ -11,6 +11,7 @@ import torch
 from gptfast import optim, parallel
 from gptfast.checkpoint import Checkpointer
 from gptfast.config import OptimSettings
+from gptfast.errors import UserError
 from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Plan, Trainer, TrainingDivergedError
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig
@@ -133,3 +134,14 @@ def test_ten_in_a_row_stop_the_run_and_leave_the_weights(tmp_path, monkeypatch):
         train(tmp_path, steps=50)
     # The step after the tenth was under way when the tenth was read.
     assert len(steps_of(tmp_path)) == 3 + MAX_SKIPPED_IN_A_ROW
+
+
+def test_a_diverged_run_whose_last_save_failed_tells_both(tmp_path, monkeypatch):
+    def fail(self):
+        raise UserError("disk full: 0.000 GB are free")
+
+    monkeypatch.setattr(Checkpointer, "wait", fail)
+    poison(monkeypatch, set(range(3, 100)))
+    told = r"10 steps in a row.*Last checkpoint in .*: not that after step 12: disk full: 0\.000 GB"
+    with pytest.raises(TrainingDivergedError, match=told):
+        train(tmp_path, steps=50, save_every=3)

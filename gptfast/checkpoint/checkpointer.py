@@ -24,6 +24,7 @@ import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,10 @@ _BYTES_A_SHARD = 4096
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class _DiskError(UserError):
+    """A save that the disk refused; once there is room, or it answers again, the next one works."""
+
+
 @dataclass(frozen=True)
 class _Snapshot:
     """What a save writes: made whole while the caller waits, written while it trains on."""
@@ -67,6 +72,7 @@ class Checkpointer:
     keep: how many complete checkpoints stay; an older one goes once a newer one is complete.
     process_group: a gloo group of all ranks that nothing else uses, since the background thread
         talks over it; None for a single process.
+    say: told on every rank of a save that failed, when it does.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         rank: int = 0,
         world_size: int = 1,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         if keep < 1:
             raise UserError(f"keep must be at least 1 checkpoint, got {keep}")
@@ -87,6 +94,7 @@ class Checkpointer:
         self._group = process_group
         self._rank = rank
         self._world_size = world_size
+        self._say = say
         self._staged: dict[str, Tensor] = {}
         # What verify found, by step: a line about the damage, or None.
         self._verified: dict[int, str | None] = {}
@@ -107,13 +115,20 @@ class Checkpointer:
         rank_state: this rank's own: numbers, strings, containers of them, tensors.
         meta: JSON, the same on every rank; `load` compares meta["model_config"].
 
-        Waits for the save before, and raises what went wrong in it. An existing checkpoint of the
-        same step is replaced, those of later steps are left alone. Raises UserError if the disk is
-        too full, ValueError for a state that is no dict of tensors.
+        An existing checkpoint of the same step is replaced, those of later steps are left alone.
+        A save that the disk refuses, full or failing, is told by `say`; `wait` raises it as a
+        UserError unless another save is tried before. Waits for the save before, and raises what
+        else went wrong in it; ValueError for a state that is no dict of tensors.
         """
-        self.wait()
+        self._together(self._wait_for_another)
         snapshot = self._together(lambda: self._prepare(step, state, rank_state, meta))
-        self._on_rank_0(lambda: self._make_room(snapshot))
+        try:
+            self._on_rank_0(lambda: self._make_room(snapshot))
+        except _DiskError as error:
+            self._say(f"not saved: {error}")
+            self._writing = Future()
+            self._writing.set_exception(error)
+            return
         for name, tensor in snapshot.tensors.items():
             self._stage(name, tensor)
         if torch.cuda.is_initialized():
@@ -126,6 +141,10 @@ class Checkpointer:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def _wait_for_another(self) -> None:
+        with suppress(_DiskError):
+            self.wait()
 
     def close(self) -> None:
         """Wait, and end the thread; the last call."""
@@ -149,10 +168,10 @@ class Checkpointer:
             self._remove(PARTIAL)
             self._remove(DISCARDED)
             if shutil.disk_usage(self.folder).free < snapshot.size:
-                raise UserError(self._disk_full(partial, snapshot.size))
+                raise _DiskError(self._disk_full(partial, snapshot.size))
             partial.mkdir()
         except OSError as error:
-            raise UserError(f"cannot write checkpoints in {self.folder}: {error}") from error
+            raise _DiskError(f"cannot write checkpoints in {self.folder}: {error}") from error
 
     def _stage(self, name: str, tensor: Tensor) -> None:
         """Start copying this rank's shard into its CPU buffer, the same one at every save.
@@ -193,8 +212,9 @@ class Checkpointer:
                 message = self._disk_full(cause.filename or partial, snapshot.size)
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            kind = UserError if isinstance(cause, OSError | UserError) else RuntimeError
-            raise kind(message) from error
+            self._say(f"not saved: {message}")
+            kind = UserError if isinstance(cause, UserError) else RuntimeError
+            raise (_DiskError if isinstance(cause, OSError) else kind)(message) from error
 
     def _complete(self, writer: files.Writer, snapshot: _Snapshot, written: dict) -> None:
         """Rank 0, when every file is written: the manifest, the rename, the outdated ones."""
