@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -198,11 +200,22 @@ def resume_command(folder: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Readable JSON; dataclasses as objects, paths as strings. What was there is replaced whole."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    """Readable JSON: see `plain`; paths as strings. What was there is replaced whole."""
+    text = json.dumps(plain(value), indent=2, default=str, allow_nan=False)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries; what JSON has no word for, nan and infinity, as None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_section(folder: Path, title: str, body: str) -> None:

@@ -8,13 +8,15 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from gptfast import parallel
 from gptfast.errors import UserError
-from gptfast.run import find_run, open_run_folder, resume_command, write_start
+from gptfast.loop import Summary
+from gptfast.run import find_run, open_run_folder, resume_command, write_json, write_start
 
 
 def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
@@ -172,3 +174,12 @@ def test_the_command_that_continues_starts_as_many_processes_on_as_many_nodes(
     monkeypatch.setattr(sys, "argv", ["train/base.py", "--depth", "4"])
     command = resume_command(Path("my runs/d4"))
     assert command == f"{start} train/base.py --depth 4 --out 'my runs/d4' --resume"
+
+
+def test_what_is_no_number_is_null_in_a_runs_files(tmp_path):
+    summary = Summary(step=3, loss=float("nan"), evaluations=[{"step": 0, "val_bpb": float("inf")}])
+    write_json(tmp_path / "summary.json", {**asdict(summary), "folder": tmp_path})
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found["step"], found["loss"], found["folder"]) == (3, None, str(tmp_path))
+    assert found["evaluations"] == [{"step": 0, "val_bpb": None}]
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
