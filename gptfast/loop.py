@@ -100,7 +100,11 @@ class Plan:
 @dataclass
 class Summary:
     """What a run came to; `stopped` is set when a signal ended it early. None: there is no such
-    figure."""
+    figure.
+
+    A resumed run goes on with its checkpoint's: seconds of training, skipped steps, energy and
+    evaluations are of all its steps, the rest is of the last session that trained.
+    """
 
     step: int = 0
     stopped: bool = False
@@ -150,13 +154,15 @@ class Trainer:
         sample: Callable[[int], dict],
         step_figures: Callable[[], dict[str, float]] = dict,
         profiler: Profiler | None = None,
+        summary: Summary | None = None,
     ) -> None:
-        """step_figures: what else the row of the step that was just launched is to hold."""
+        """step_figures: what else the row of the step that was just launched is to hold; summary:
+        of the steps done before; up to date whenever `save` is called."""
         self.world, self.model, self.optimizer, self.loader = world, model, optimizer, loader
         self.plan, self.log, self.checkpointer = plan, log, checkpointer
         self.save, self.evaluate, self.sample = save, evaluate, sample
         self.step_figures, self.profiler = step_figures, profiler
-        self.summary = Summary()
+        self.summary = Summary() if summary is None else summary
         on_gpu = world.device.type == "cuda"
         self._own_peak = hardware.peak(torch.cuda.get_device_name()) if on_gpu else None
         self._step_seconds: list[float] = []
@@ -242,6 +248,7 @@ class Trainer:
             done = True
         if step and step != self._saved_at and (stop or plan.due(plan.save_every, step)):
             self._settle()
+            self._note_speed()
             self.save(step)
             self._saved_at = step
             done = True
@@ -383,12 +390,15 @@ class Trainer:
             "mfu_own_peak": hardware.mfu(flops, own.bf16_flops) if own else None,
         }
 
-    def _finish(self, step: int) -> None:
-        self._settle()
-        self.checkpointer.wait()
+    def _note_speed(self) -> None:
         steady = self._step_seconds[_WARMUP_STEPS:] or self._step_seconds[1:] or self._step_seconds
         if steady and self.plan.tokens_per_step is not None:
             self.summary.tokens_per_second = self.plan.tokens_per_step / statistics.median(steady)
+
+    def _finish(self, step: int) -> None:
+        self._settle()
+        self.checkpointer.wait()
+        self._note_speed()
         self.summary.step = step
         self.summary.stopped = step < self.plan.total_steps
 

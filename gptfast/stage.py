@@ -31,7 +31,7 @@ from gptfast.nvml import EnergyMeter
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
 from gptfast.preflight import check_disk, check_memory
-from gptfast.run import end_run, environment, find_run, open_run_folder, write_start
+from gptfast.run import end_run, environment, find_run, open_run_folder, plain, write_start
 from gptfast.schedule import learning_rate_multiplier
 from gptfast.state import ResumableLoader, RunState
 from gptfast.tokenizer import Tokenizer
@@ -195,21 +195,10 @@ class Stage:
         """Run the plan, from the newest checkpoint if that is asked for; close the loader. What
         `evaluate`, `sample` and `step_figures` give: see Trainer. The title is that of the curves.
         """
-        world, run = self.world, self.settings.run
-        state = RunState(
-            world=world,
-            model=self.model,
-            optimizer=self.optimizer,
-            loader=loader,
-            folder=self.folder / "checkpoints",
-            keep=run.keep,
-            meta=self._meta(tokenizer),
-            say=self.say,
-        )
-        start_step = 0
+        world, run, state = self.world, self.settings.run, self._state(loader, tokenizer)
+        start_step, summary = 0, Summary(energy_joules=0.0)
         if run.resume:
-            start_step = state.restore(total_steps=plan.total_steps)
-            write_start(self.folder, self.settings, world, resume=True)
+            start_step, summary = self._resume(state, plan)
         if world.is_main:
             tokenizer.save(self.tokenizer_folder)
         log = MetricsLog(
@@ -220,6 +209,13 @@ class Stage:
             sinks=run.log_to,
             settings=self.settings,
         )
+        meter = EnergyMeter(range(world.local_rank, world.local_rank + 1))
+        before = summary.energy_joules
+
+        def save(step: int) -> None:
+            summary.energy_joules = self._joules(meter, before)
+            state.save(step, plain(summary))
+
         trainer = Trainer(
             world=world,
             model=self.model,
@@ -228,23 +224,51 @@ class Stage:
             plan=plan,
             log=log,
             checkpointer=state.checkpointer,
-            save=state.save,
+            save=save,
             evaluate=evaluate,
             sample=sample,
             step_figures=step_figures,
             profiler=self._profiler(plan),
+            summary=summary,
         )
-        meter = EnergyMeter(range(world.local_rank, world.local_rank + 1))
         try:
-            summary = trainer.run(start_step)
+            trainer.run(start_step)
         finally:
             log.close()
             loader.close()
         state.checkpointer.close()
-        joules = world.gather(meter.joules() if world.device.type == "cuda" else None)
-        summary.energy_joules = None if None in joules else sum(joules)
+        summary.energy_joules = self._joules(meter, before)
         end_run(self.folder, summary, world, title=title, say=self.say)
         return summary
+
+    def _state(self, loader: StageLoader, tokenizer: Tokenizer) -> RunState:
+        return RunState(
+            world=self.world,
+            model=self.model,
+            optimizer=self.optimizer,
+            loader=loader,
+            folder=self.folder / "checkpoints",
+            keep=self.settings.run.keep,
+            meta=self._meta(tokenizer),
+            say=self.say,
+        )
+
+    def _resume(self, state: RunState, plan: Plan) -> tuple[int, Summary]:
+        """Restore the newest checkpoint: the number of steps done, and what they came to."""
+        step, saved = state.restore(total_steps=plan.total_steps)
+        write_start(self.folder, self.settings, self.world, resume=True)
+        summary = Summary(**saved)
+        summary.skipped_steps = int(self.optimizer.skipped_steps)
+        # That of this step is made again.
+        summary.evaluations = [e for e in summary.evaluations if e["step"] < step]
+        return step, summary
+
+    def _joules(self, meter: EnergyMeter, before: float | None) -> float | None:
+        """Of all GPUs, with those of the sessions before; None unless all are known."""
+        mine = meter.joules() if self.world.device.type == "cuda" else None
+        found = [before, *self.world.gather(mine)]
+        known = [joules for joules in found if joules is not None]
+        return sum(known) if len(known) == len(found) else None
 
     def _profiler(self, plan: Plan) -> StepProfiler | None:
         if self._profile_steps is None:

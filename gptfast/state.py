@@ -53,15 +53,17 @@ class RunState:
         )
         self.say = say
 
-    def save(self, step: int) -> None:
-        """Start writing a checkpoint; returns as soon as training may change the tensors."""
+    def save(self, step: int, summary: dict) -> None:
+        """Start writing a checkpoint; returns as soon as training may change the tensors. summary:
+        JSON, what the run has come to."""
         rank_state = {"loader": self.loader.state_dict(), **_random_states(self.world.device)}
-        self.checkpointer.save(step, self._tensors(), rank_state, {**self.meta, "step": step})
+        meta = {**self.meta, "step": step, "summary": summary}
+        self.checkpointer.save(step, self._tensors(), rank_state, meta)
 
-    def restore(self, *, total_steps: int) -> int:
-        """Load the newest complete checkpoint; the number of steps done. UserError if none is
-        complete, if it belongs to another architecture, tokenizer or text, or if a run of
-        `total_steps` ends before it."""
+    def restore(self, *, total_steps: int) -> tuple[int, dict]:
+        """Load the newest complete checkpoint; the number of steps done, and the summary of them.
+        UserError if none is complete, if it belongs to another architecture, tokenizer or text, or
+        if a run of `total_steps` ends before it."""
         step, warnings = self.checkpointer.latest()
         for warning in warnings:
             self.say(warning)
@@ -90,7 +92,9 @@ class RunState:
             where = self.loader.load_resharded([each["loader"] for each in rank_state])
             self.say(f"checkpoint of {len(rank_state)} processes on {self.world.size}: {where}")
         self.say(f"resumed after step {step}")
-        return step
+        if "summary" not in meta:
+            self.say("the checkpoint does not tell seconds and energy so far: they begin anew")
+        return step, meta.get("summary", {})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         model = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}

@@ -1,6 +1,9 @@
 """Mid-training, in this process: what a run leaves, what it learns, exact resume."""
 
+import itertools
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from gptfast.checkpoint.files import read_manifest
 from gptfast.config import RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, MixtureSettings, SourceSettings
 from gptfast.errors import UserError
+from gptfast.model import GPT
+from gptfast.stage import Stage
 from tests.tuning_cases import (
     figures,
     plain_newton_schulz,
@@ -36,6 +41,15 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> MidSettings:
         system=CPU_SYSTEM,
         run=RunSettings(out=folder / "whole", eval_every=3, eval_tokens=400, save_every=2),
     )
+
+
+def summary_of(run: Path) -> dict:
+    """Read as strictly as JSON is defined: Python alone knows NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads((run / "summary.json").read_text(), parse_constant=refuse)
 
 
 def to_folder(settings: MidSettings, out: Path, **run: object) -> MidSettings:
@@ -87,14 +101,48 @@ def test_the_run_is_all_that_the_next_stage_needs(whole, settings):
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     settings, whole, tmp_path, monkeypatch
 ):
-    stopped = to_folder(settings, tmp_path / "run")
+    run = tmp_path / "run"
+    # A hundred joules a session, on a machine that counts none.
+    monkeypatch.setattr(Stage, "_joules", lambda self, meter, before: before + 100.0)
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
-        said = run_stage(mid.train, stopped)
+        said = run_stage(mid.train, to_folder(settings, run))
     assert "--resume" in said[-2]
-    assert len(rows(tmp_path / "run", "step")) < len(rows(whole, "step"))
-    run_stage(mid.train, to_folder(settings, tmp_path / "run", resume=True))
-    assert figures(tmp_path / "run") == figures(whole)
+    assert len(rows(run, "step")) < len(rows(whole, "step"))
+    run_stage(mid.train, to_folder(settings, run, resume=True))
+    assert figures(run) == figures(whole)
+    ours, theirs = summary_of(run), summary_of(whole)
+    assert ours["training_seconds"] == pytest.approx(sum(r["seconds"] for r in rows(run, "step")))
+    assert ours["energy_joules"] == 200.0
+    assert ours["evaluations"] == theirs["evaluations"]
+    assert ours["loss"] == theirs["loss"]
+
+
+def test_a_finished_run_that_is_resumed_stays_what_it_was(settings, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    run_stage(mid.train, to_folder(settings, run, resume=True))
+    assert {**summary_of(run), "ended": None} == {**summary_of(whole), "ended": None}
+    assert summary_of(run)["training_seconds"] > 0
+    assert figures(run) == figures(whole)
+
+
+def test_skipped_steps_are_counted_over_sessions_and_nan_is_null(settings, tmp_path, monkeypatch):
+    forward, calls = GPT.forward, itertools.count()
+
+    def poisoned(self, ids, targets=None, reduction="sum", **options):
+        loss = forward(self, ids, targets, reduction, **options)
+        training = targets is not None and reduction == "sum"
+        return loss * math.nan if training and next(calls) in (1, 4) else loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    short = replace(settings, num_iterations=5)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        run_stage(mid.train, to_folder(short, tmp_path))
+    run_stage(mid.train, to_folder(short, tmp_path, resume=True))
+    assert [row["skipped_steps"] for row in rows(tmp_path, "step")] == [0, 1, 1, 1, 2]
+    assert summary_of(tmp_path)["skipped_steps"] == 2
+    assert summary_of(tmp_path)["loss"] is None
 
 
 def test_another_mixture_does_not_go_on_with_the_run(settings, whole, tmp_path):

@@ -128,7 +128,10 @@ class Cost:
 
     def wall_clock(self) -> Section:
         theirs = duration(reference()["wall_clock_seconds"])
-        what = " (all steps but RL, pauses between them left out)" if self.steps else ""
+        what = ""
+        if self.wall_seconds:
+            steps = "all steps but RL, pauses between them left out"
+            what = f" ({steps if self.steps else 'from the first start to the last end'})"
         text = f"Total wall clock time: {duration(self.wall_seconds)}{what}; reference: {theirs}."
         return Section("Wall clock", (Text(text),))
 

@@ -73,7 +73,7 @@ class Run:
 
     @cached_property
     def training_seconds(self) -> float | None:
-        """Of all steps, those before an interruption too: a summary knows only the last session."""
+        """Of all steps so far: a run that has not ended has no summary."""
         seconds = [row["seconds"] for row in self.steps if "seconds" in row]
         return math.fsum(seconds) if seconds else self.summary.get("training_seconds")
 
