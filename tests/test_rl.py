@@ -1,6 +1,7 @@
 """Reinforcement learning: the objective against plain mathematics, rollouts, pass@k."""
 
 import itertools
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_the_gradient_is_the_plain_objective_s(batch_size, multiple):
     )
     assert len(batches) == -(-24 // batch_size)
     assert all(batch.inputs.shape[1] % multiple == 0 for batch in batches)
+    assert len({len(batch.inputs) for batch in batches}) == 1
     loss, supervised = 0.0, 0
     for batch in batches:
         part = model(batch.inputs, batch.targets, weights=batch.weights)
@@ -261,6 +263,22 @@ def test_lengths_that_are_compiled_are_few():
         assert multiple % 128 == 0
         assert -(-longest // multiple) <= 6
     assert length_multiple(500) == 128
+
+
+def test_shapes_that_are_compiled_are_few_though_the_last_batch_is_not_full():
+    """32 answers of a GPU, 5 in a batch; torch.compile refuses a ninth shape."""
+    draw, shapes = random.Random(0), set()
+    for top in range(40, 732, 20):
+        lengths = [draw.randint(30, top) for _ in range(32)]
+        rollouts = [Rollout(0, 0, [1] * n, [False] + [True] * (n - 1), "", 0.0) for n in lengths]
+        batches = make_batches(
+            rollouts, [1.0] * 32, batch_size=5, multiple=length_multiple(732), device="cpu"
+        )
+        shapes |= {tuple(batch.inputs.shape) for batch in batches}
+        # The rows that no answer is left for change nothing.
+        assert sum(int((batch.targets >= 0).sum()) for batch in batches) == sum(lengths) - 32
+        assert not batches[-1].weights[-3:].any()
+    assert shapes == {(5, length) for length in (128, 256, 384, 512, 640, 768)}
 
 
 def test_what_cannot_be_is_refused_before_step_0(tmp_path):

@@ -75,7 +75,7 @@ class RLOptimSettings(LearningSettings):
     init_lr_frac: float = 0.05
     warmdown_ratio: float = 1.0
     device_batch_size: int = 8
-    """Answers in one forward + backward of one GPU."""
+    """Answers in one forward + backward of one GPU, at most."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "device_batch_size")

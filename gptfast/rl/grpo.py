@@ -77,14 +77,19 @@ def make_batches(
     multiple: int,
     device: torch.device | str,
 ) -> list[Batch]:
-    """The answers in batches of `batch_size` rows, the longest first, so that rows are of about one
-    length; each batch is padded to the next multiple of `multiple` tokens."""
+    """The answers in as few batches as have at most `batch_size` rows, the longest first, so that
+    rows are of about one length; each batch is padded to the next multiple of `multiple` tokens.
+
+    All have equally many rows; those of the last that no answer is left for hold no target.
+    """
     order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].ids))
+    passes = -(-len(order) // batch_size)
+    height = -(-len(order) // passes)
     batches = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for start in range(0, len(order), height):
+        rows = order[start : start + height]
         longest = len(rollouts[rows[0]].ids) - 1
-        shape = (len(rows), longest + -longest % multiple)
+        shape = (height, longest + -longest % multiple)
         inputs = torch.zeros(shape, dtype=torch.int32)
         targets = torch.full(shape, -1, dtype=torch.int64)
         scale = torch.zeros(shape, dtype=torch.float32)

@@ -11,8 +11,9 @@ from gptfast.rl.config import RLSettings
 from gptfast.rl.grpo import Rollout, advantages, make_batches, rewards_and_tokens, token_weights
 from gptfast.rl.rollouts import Actor, RewardedTask, roll_out, write_rollouts
 
-# Compiled code is for one length, and torch.compile refuses more than eight of one function. There
-# are at most so many lengths; each is a multiple of what attention works on at a time.
+# Compiled code is for one shape, and torch.compile refuses more than eight of one function. Batches
+# have one number of rows and at most so many lengths, each a multiple of what attention works on at
+# a time.
 _LENGTHS = 6
 _TILE = 128
 
