@@ -113,6 +113,7 @@ class SystemSettings:
     """Repeatable bit for bit: attention's backward and PyTorch's own operators; slower."""
     seed: int = 42
     device: Literal["auto", "cpu"] = "auto"
+    """cpu: the CPU, and the defaults of a machine without a GPU, though there is one."""
 
     def __post_init__(self) -> None:
         if self.attention != "auto" and self.attention not in BACKENDS:

@@ -5,7 +5,9 @@ travel by NCCL on GPUs and by gloo on CPU; what the host exchanges (flags, file 
 gloo on either.
 """
 
+import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +115,14 @@ def launcher() -> list[str]:
 def is_main() -> bool:
     """Whether this is the one process that talks."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def will_use_gpus() -> bool:
+    """Whether this command trains on GPUs: there are some, and --device cpu is not among its flags.
+    Asked before they are read, as the defaults of the others follow from it."""
+    flags = sys.argv[1:]
+    on_cpu = "--device=cpu" in flags or ("--device", "cpu") in itertools.pairwise(flags)
+    return torch.cuda.is_available() and not on_cpu
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gptfast.model import GPT
 from gptfast.stage import Source, Stage, learning_rate
 from gptfast.tokenizer import Tokenizer
 from tests.tuning_cases import BYTES, CONFIG, write_source
+from train import base, mid, rl, sft
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,18 @@ def test_steps_to_profile_are_checked_before_anything_is_made(tmp_path):
     ):
         Stage("mid", settings, CONFIG, world, lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", [base, mid, sft, rl])
+def test_asked_for_the_cpu_a_stage_has_the_defaults_of_a_machine_without_a_gpu(stage, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(stage, "train", lambda settings, world, say: chosen.append(settings))
+    for gpu, flags in ((False, []), (True, ["--device=cpu"]), (True, ["--device", "cpu"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        stage.main()
+    assert chosen[0].system == CPU_SYSTEM
+    assert chosen == chosen[:1] * 3
 
 
 def test_learning_rates_of_the_stages():

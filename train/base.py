@@ -4,14 +4,13 @@
     python train/base.py --depth 12 --data my_texts/           one GPU, one's own text
     torchrun --nproc_per_node=2 train/base.py --device cpu     on CPU
 
-Without a GPU the defaults are a small model on text that Python itself carries.
+On CPU the defaults are a small model on text that Python itself carries.
 """
 
 import sys
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import tyro
 
 from gptfast import hardware, parallel
@@ -30,7 +29,7 @@ def main() -> None:
     settings = tyro.cli(
         BaseSettings,
         description=__doc__,
-        default=preset(on_gpu=torch.cuda.is_available(), processes=parallel.process_count()),
+        default=preset(on_gpu=parallel.will_use_gpus(), processes=parallel.process_count()),
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=parallel.is_main(),
     )

@@ -4,7 +4,7 @@
     python train/mid.py --source runs/base-d20 --train my.jsonl:2 smoltalk gsm8k
     torchrun --nproc_per_node=2 train/mid.py --device cpu          on CPU
 
-All tokens are learned. Without a GPU the mixture is one that Python itself carries.
+All tokens are learned. On CPU the mixture is one that Python itself carries.
 """
 
 import sys
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import torch
 import tyro
 
 from gptfast import hardware, parallel
@@ -32,7 +31,7 @@ def main() -> None:
     settings = tyro.cli(
         MidSettings,
         description=__doc__,
-        default=mid_preset(on_gpu=torch.cuda.is_available()),
+        default=mid_preset(on_gpu=parallel.will_use_gpus()),
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=parallel.is_main(),
     )

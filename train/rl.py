@@ -4,14 +4,13 @@
     python train/rl.py --source runs/my-sft --num-iterations 50
     python train/rl.py --task toy --source scratch     a small model learns a toy from nothing
 
-Without a GPU the last one is the default. Every answer and its reward are kept in the run's folder.
+On CPU the last one is the default. Every answer and its reward are kept in the run's folder.
 """
 
 import sys
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import tyro
 
 from gptfast import hardware, parallel
@@ -40,7 +39,7 @@ def main() -> None:
     settings = tyro.cli(
         RLSettings,
         description=__doc__,
-        default=rl_preset(on_gpu=torch.cuda.is_available()),
+        default=rl_preset(on_gpu=parallel.will_use_gpus()),
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=parallel.is_main(),
     )

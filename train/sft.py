@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=2 train/sft.py --device cpu          on CPU
 
 The loss is a mean over all tokens of the assistant in a step. Conversations are packed into rows
-without padding, and each attends to itself alone. Without a GPU they are those that Python itself
+without padding, and each attends to itself alone. On CPU they are those that Python itself
 carries.
 """
 
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import tyro
 
 from gptfast import hardware, parallel
@@ -33,7 +32,7 @@ def main() -> None:
     settings = tyro.cli(
         SFTSettings,
         description=__doc__,
-        default=sft_preset(on_gpu=torch.cuda.is_available()),
+        default=sft_preset(on_gpu=parallel.will_use_gpus()),
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=parallel.is_main(),
     )
