@@ -101,7 +101,7 @@ class AccuracySettings:
     accuracy_of: tuple[str, ...] = ("ARC-Easy", "MMLU")
     """Tasks with letters as answers that are scored now and then."""
     accuracy_every: int = 200
-    """Steps between such scorings; 0: only before and after."""
+    """Steps between such scorings, each with a validation; 0: only before and after."""
     accuracy_problems: int = 1024
     """Problems of each task."""
 

@@ -85,6 +85,8 @@ class Plan:
     learning_rate_multiplier: Callable[[int], float]
     momentum: Callable[[int], float]
     eval_every: int = 0
+    # What an evaluation adds only now and then; there is one then, whatever eval_every says.
+    score_every: int = 0
     sample_every: int = 0
     save_every: int = 0
 
@@ -230,7 +232,8 @@ class Trainer:
         """Validation, samples and checkpoint as far as they are due before this step."""
         plan, done = self.plan, False
         last = step == plan.total_steps
-        if plan.due(plan.eval_every, step) and (last or not stop):
+        wanted = plan.due(plan.eval_every, step) or plan.due(plan.score_every, step)
+        if wanted and (last or not stop):
             self._settle()
             figures, tokens = self.evaluate(step), plan.tokens(step)
             self.summary.evaluations.append({"step": step, **tokens, **figures})

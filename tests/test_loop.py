@@ -95,6 +95,12 @@ def test_what_is_due_happens_before_its_step_and_once(tmp_path):
     assert [e["tokens"] for e in summary.evaluations] == [0, 64, 128, 192]
 
 
+@pytest.mark.parametrize(("every", "steps"), [(4, [0, 3, 4, 6]), (0, [0, 3, 6])])
+def test_there_is_an_evaluation_whenever_scores_are_due(tmp_path, every, steps):
+    _, _, calls = train(tmp_path, eval_every=every, score_every=3)
+    assert [s for k, s in calls if k == "eval"] == steps
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()

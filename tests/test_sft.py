@@ -122,9 +122,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> SFTSettings:
         ),
         num_epochs=2,
         optim=replace(SFTSettings().optim, target_examples_per_step=12, init_lr_frac=1.0),
-        accuracy=AccuracySettings(
-            accuracy_of=("embedded",), accuracy_every=10, accuracy_problems=8
-        ),
+        accuracy=AccuracySettings(accuracy_of=("embedded",), accuracy_every=8, accuracy_problems=8),
         system=CPU_SYSTEM,
         run=RunSettings(out=folder / "whole", eval_every=5, eval_tokens=400, save_every=2),
     )
@@ -147,10 +145,11 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, settings):
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     multipliers = [row["lr_multiplier"] for row in steps]
     assert multipliers == pytest.approx([1 - s / len(steps) for s in range(len(steps))])
-    # Losses at every evaluation; accuracies at some, at the first and at the last.
+    # Losses at every evaluation; accuracies when they are due, at the first and at the last.
     assert all({"val_loss", "val_bpb"} <= row.keys() for row in evaluations)
     scored = [row["step"] for row in evaluations if "embedded" in row]
-    assert scored == [0, 10, len(steps)]
+    assert scored == [0, 8, len(steps)]
+    assert [row["step"] for row in evaluations] == [0, 5, 8, 10, len(steps)]
     assert any("% full" in line for line in said)
     assert len(rows(run, "sample")[-1]["samples"]) == 5
     assert json.loads((run / "summary.json").read_text())["step"] == len(steps)

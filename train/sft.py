@@ -90,7 +90,7 @@ def train(settings: SFTSettings, world: parallel.World, say: Callable[[str], Non
         tokenizer=source.tokenizer,
         dtype=stage.dtype,
         tasks=tasks,
-        tasks_due=partial(plan.due, settings.accuracy.accuracy_every),
+        tasks_due=partial(plan.due, plan.score_every),
         max_problems=settings.accuracy.accuracy_problems,
     )
 
@@ -130,6 +130,7 @@ def make_plan(settings: SFTSettings, stage: Stage, rows: PackedRows, loader: Row
         learning_rate_multiplier=learning_rate(optim, total_steps),
         momentum=partial(muon_momentum, ramp_steps=0),
         eval_every=run.eval_every,
+        score_every=settings.accuracy.accuracy_every if settings.accuracy.accuracy_of else 0,
         sample_every=run.sample_every,
         save_every=run.save_every,
     )
