@@ -13,6 +13,7 @@ from typing import Literal
 
 from gptfast.attention import BACKENDS
 from gptfast.errors import UserError
+from gptfast.schedule import check_ratios
 
 DEFAULT_CACHE = Path.home() / ".cache" / "gptfast"
 
@@ -86,6 +87,11 @@ class LearningSettings:
     warmdown_ratio: float = 0.2
     final_lr_frac: float = 0.0
 
+    def __post_init__(self) -> None:
+        not_negative(self, "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")
+        not_negative(self, "grad_clip", "init_lr_frac", "final_lr_frac")
+        check_ratios(self.warmup_ratio, self.warmdown_ratio)
+
 
 @dataclass(frozen=True)
 class OptimSettings(LearningSettings):
@@ -95,6 +101,7 @@ class OptimSettings(LearningSettings):
     """Tokens in one step of all GPUs together."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one(self, "device_batch_size", "total_batch_size")
 
 
@@ -201,3 +208,11 @@ def at_least_one(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def not_negative(settings: object, *names: str) -> None:
+    """UserError naming the first of these fields that is no number of at least 0."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= 0:
+            raise UserError(f"{name} must be at least 0, got {value}")

@@ -93,6 +93,7 @@ class SFTOptimSettings(LearningSettings):
     """Several conversations in a row, each attending to itself alone; False: one a row, padded."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one(self, "target_examples_per_step", "device_batch_size")
 
 

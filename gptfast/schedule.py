@@ -49,6 +49,15 @@ def horizon(
     return steps
 
 
+def check_ratios(warmup_ratio: float, warmdown_ratio: float) -> None:
+    """UserError unless one run has room for both."""
+    if not (min(warmup_ratio, warmdown_ratio) >= 0 and warmup_ratio + warmdown_ratio <= 1):
+        raise UserError(
+            f"warmup_ratio={warmup_ratio} and warmdown_ratio={warmdown_ratio} must be shares of "
+            "one run: neither below 0, together at most 1"
+        )
+
+
 def learning_rate_multiplier(
     step: int,
     total_steps: int,
@@ -65,11 +74,7 @@ def learning_rate_multiplier(
     total_steps - 1, still moves: by final_fraction + (1 - final_fraction) / d.
     warmdown_ratio=1 is the straight line 1 - step / total_steps.
     """
-    if min(warmup_ratio, warmdown_ratio) < 0 or warmup_ratio + warmdown_ratio > 1:
-        raise UserError(
-            f"warmup_ratio={warmup_ratio} and warmdown_ratio={warmdown_ratio} must be shares of "
-            "one run: neither below 0, together at most 1"
-        )
+    check_ratios(warmup_ratio, warmdown_ratio)
     warmup_steps = round(warmup_ratio * total_steps)
     warmdown_steps = round(warmdown_ratio * total_steps)
     if step < warmup_steps:

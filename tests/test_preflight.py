@@ -1,9 +1,10 @@
 """What is checked before step 0: memory, disk, batch sizes, the tokenizer's size."""
 
+import math
 import random
 from collections import namedtuple
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +14,18 @@ import torch
 from gptfast import preflight
 from gptfast.config import (
     DataSettings,
+    LearningSettings,
     ModelSettings,
     OptimSettings,
     accumulation_steps,
     preset,
 )
+from gptfast.config_chat import MidOptimSettings, SFTOptimSettings
 from gptfast.data import Corpus, RowGroup
 from gptfast.errors import UserError
 from gptfast.memory import GIB, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig
+from gptfast.rl.config import RLOptimSettings
 from gptfast.tokenizer import Tokenizer
 from train.tokenizer import Settings as TokenizerSettings
 
@@ -187,6 +191,22 @@ def test_settings_refuse_what_cannot_work(settings, name):
     for number in (0, -1):
         with pytest.raises(UserError, match=f"{name} must be at least 1, got {number}"):
             replace(settings, **{name: number})
+
+
+@pytest.mark.parametrize(
+    "kind", [OptimSettings, MidOptimSettings, SFTOptimSettings, RLOptimSettings]
+)
+def test_learning_refuses_what_would_train_uphill_or_not_at_all(kind):
+    assert issubclass(kind, LearningSettings)
+    for field in fields(LearningSettings):
+        for wrong in (-1.0, math.nan):
+            with pytest.raises(UserError, match=rf"{field.name}.*{wrong}"):
+                kind(**{field.name: wrong})
+    with pytest.raises(UserError, match=r"ratio=0\.5 and warmdown_ratio=0\.8 must be shares"):
+        kind(warmup_ratio=0.5, warmdown_ratio=0.8)
+    with pytest.raises(UserError, match="device_batch_size must be at least 1, got 0"):
+        kind(device_batch_size=0)
+    assert kind(grad_clip=0, matrix_lr=0, warmup_ratio=0, warmdown_ratio=1).grad_clip == 0
 
 
 def test_tokenizers_of_texts_given_by_path_stay_in_the_cache_and_apart(tmp_path):

@@ -78,6 +78,7 @@ class RLOptimSettings(LearningSettings):
     """Answers in one forward + backward of one GPU, at most."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one(self, "device_batch_size")
 
 
