@@ -1,8 +1,10 @@
 """Where a run's figures go: JSON lines, the console, and on request TensorBoard or W&B."""
 
+import importlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ class MetricsLog:
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None
         )
-        self._sinks = [_open_sink(name, folder, settings) for name in sinks]
+        self._sinks = [_SINKS[name](folder, settings) for name in sinks]
 
     def row(self, kind: str, step: int, **values: object) -> None:
         """One line of metrics.jsonl; numbers also go to the other sinks as kind/name."""
@@ -85,6 +87,17 @@ class MetricsLog:
                 sink.close()
 
 
+def check_sinks(names: Sequence[str]) -> None:
+    """UserError, with what to install, unless everything that these sinks need is there."""
+    for name in names:
+        try:
+            importlib.import_module(_SINKS[name].module)
+        except ImportError as error:
+            raise UserError(
+                f"--log-to {name}: {error}; pip install -e '.[log]' brings it"
+            ) from error
+
+
 def read_rows(path: Path, kind: str) -> list[dict]:
     """The rows of one kind, in order."""
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
@@ -107,6 +120,8 @@ def _rows_before(path: Path, step: int) -> list[str]:
 
 
 class _TensorBoard:
+    module = "torch.utils.tensorboard"
+
     def __init__(self, folder: Path, settings: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -122,6 +137,8 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
+    module = "wandb"
+
     def __init__(self, folder: Path, settings: Any) -> None:
         import wandb
 
@@ -137,10 +154,3 @@ class _WeightsAndBiases:
 
 
 _SINKS = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
-
-
-def _open_sink(name: str, folder: Path, settings: Any) -> _TensorBoard | _WeightsAndBiases:
-    try:
-        return _SINKS[name](folder, settings)
-    except ImportError as error:
-        raise UserError(f"--log-to {name}: {error}; pip install -e '.[log]' brings it") from error

@@ -25,7 +25,7 @@ from gptfast.config_chat import SourceSettings
 from gptfast.evaluate.loading import find_checkpoint, load_tokenizer
 from gptfast.ledger import LEDGER_FILE, Job, StepProfiler, parse_steps
 from gptfast.loop import Loader, Plan, Summary, Trainer
-from gptfast.metrics import MetricsLog
+from gptfast.metrics import MetricsLog, check_sinks
 from gptfast.model import GPT, GPTConfig, parameter_counts
 from gptfast.nvml import EnergyMeter
 from gptfast.optim import build_optimizer
@@ -138,6 +138,7 @@ class Stage:
         self.world, self.say = world, say
         system, run = settings.system, settings.run
         self._profile_steps = parse_steps(run.profile_steps) if run.profile_steps else None
+        check_sinks(run.log_to)
         self.folder = open_run_folder(
             run.out, f"{name}-d{config.n_layer}", settings, world, resume=run.resume, say=say
         )

@@ -112,6 +112,17 @@ def test_steps_to_profile_are_checked_before_anything_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_where_else_to_log_is_checked_on_every_rank_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = RunSettings(out=tmp_path / "run", log_to=("tensorboard", "wandb"))
+    settings = MidSettings(system=CPU_SYSTEM, run=run)
+    with parallel.start(cpu=True) as world:
+        for rank in range(2):
+            with pytest.raises(UserError, match=r"--log-to wandb: .* pip install -e '\.\[log\]'"):
+                Stage("mid", settings, CONFIG, replace(world, rank=rank), lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("stage", [base, mid, sft, rl])
 def test_asked_for_the_cpu_a_stage_has_the_defaults_of_a_machine_without_a_gpu(stage, monkeypatch):
     chosen = []
