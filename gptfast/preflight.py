@@ -59,6 +59,7 @@ def prepare_text(
             progress=first,
         )
         say(f"text: {corpus.split}")
+        _check_documents(corpus, world.size)
         tokenizer = _load_or_train(settings, corpus, vocab_size, say, kept)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -66,6 +67,21 @@ def prepare_text(
             f"give --vocab-size {tokenizer.vocab_size}, or another --tokenizer"
         )
     return corpus, tokenizer
+
+
+def _check_documents(corpus: Corpus, processes: int) -> None:
+    """UserError unless each process has a document to train on and one to validate with."""
+    parts = (
+        ("train on", corpus.train, "more text"),
+        ("validate with", corpus.val, "a --validation file with more of them"),
+    )
+    for use, groups, more in parts:
+        documents = sum(group.rows for group in groups)
+        if documents < processes:
+            raise UserError(
+                f"{corpus.name} has {documents} document(s) to {use}, too few for {processes} "
+                f"processes to share: give {more}, or start fewer processes"
+            )
 
 
 def prepare_conversations(

@@ -5,6 +5,7 @@ import random
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,11 +109,11 @@ def test_the_preset_without_a_gpu_fits_any_number_of_processes(processes):
 
 
 def test_a_tokenizer_of_another_size_is_refused(monkeypatch):
-    corpus = SimpleNamespace(train=[], split="1 file(s) train, last.txt validates")
+    corpus = SimpleNamespace(train=[], val=[], split="1 file(s) train, last.txt validates")
     monkeypatch.setattr(preflight, "prepare_corpus", lambda *a, **k: corpus)
     other = SimpleNamespace(vocab_size=300)
     monkeypatch.setattr(preflight, "_load_or_train", lambda *a: other)
-    world = SimpleNamespace(node_leader_first=lambda: nullcontext(True))
+    world = SimpleNamespace(node_leader_first=lambda: nullcontext(True), size=0)
     said = []
     with pytest.raises(UserError, match="holds 300 tokens, not --vocab-size 301"):
         preflight.prepare_text(
@@ -127,7 +128,7 @@ def prepare(folder: Path, chars: int, kept: Path | None = None) -> tuple[Tokeniz
         DataSettings(data=str(folder / "texts"), cache=folder / "cache", tokenizer_chars=chars),
         vocab_size=300,
         tokens=1,
-        world=SimpleNamespace(node_leader_first=lambda: nullcontext(False)),
+        world=SimpleNamespace(node_leader_first=lambda: nullcontext(False), size=1),
         say=said.append,
         kept=kept,
     )
@@ -191,6 +192,40 @@ def test_settings_refuse_what_cannot_work(settings, name):
     for number in (0, -1):
         with pytest.raises(UserError, match=f"{name} must be at least 1, got {number}"):
             replace(settings, **{name: number})
+
+
+@pytest.mark.parametrize(
+    ("documents", "processes", "words"),
+    [
+        (150, 2, r"has 1 document.* to validate with, too few for 2 .* a --validation file with"),
+        (3, 4, r"has 2 document.* to train on, too few for 4 .* give more text, or start fewer"),
+        (200, 2, None),
+    ],
+)
+def test_too_few_documents_are_told_before_a_tokenizer_is_trained(
+    monkeypatch, tmp_path, documents, processes, words
+):
+    trained = []
+    monkeypatch.setattr(preflight, "train_tokenizer", lambda *a, **k: trained.append(a))
+    monkeypatch.setattr(preflight.Tokenizer, "load", lambda folder: SimpleNamespace(vocab_size=300))
+    text = tmp_path / "mine.jsonl"
+    text.write_text("".join(f'{{"text": "number {n}"}}\n' for n in range(documents)))
+    world = SimpleNamespace(node_leader_first=lambda: nullcontext(True), size=processes)
+    prepare = partial(
+        preflight.prepare_text,
+        DataSettings(data=str(text), cache=tmp_path / "cache"),
+        vocab_size=300,
+        tokens=1,
+        world=world,
+        say=lambda line: None,
+    )
+    if words is None:
+        corpus, _ = prepare()
+        assert sum(group.rows for group in corpus.val) == 2
+    else:
+        with pytest.raises(UserError, match=words):
+            prepare()
+    assert len(trained) == (words is None)
 
 
 @pytest.mark.parametrize(
