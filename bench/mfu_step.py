@@ -139,7 +139,15 @@ class Session:
             processes=world.size,
             shards=world.local_size,
         )
-        say(check_memory(self.config, measure.device_batch_size, measure.accumulation, world))
+        told = check_memory(
+            self.config,
+            measure.device_batch_size,
+            measure.accumulation,
+            world,
+            reshard_after_forward=system.reshard_after_forward,
+            evenly=False,
+        )
+        say(told)
         self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         self.attention = choose_attention(
             system.attention,

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -160,29 +161,54 @@ def _cached_tokenizer(cache: Path, corpus: Corpus, vocab_size: int, limits: dict
     return folder.with_name(f"{folder.name}-{digest[:8]}")
 
 
-def check_memory(config: GPTConfig, batch: int, accumulation: int, world: World) -> str:
+def check_memory(
+    config: GPTConfig,
+    batch: int,
+    accumulation: int,
+    world: World,
+    *,
+    reshard_after_forward: bool,
+    evenly: bool = True,
+    generator: int = 0,
+) -> str:
     """One line with the estimate of a run's GPU memory; UserError if it cannot fit, with the
-    largest device batch that should. batch: sequences in one forward + backward of one GPU."""
+    largest device batch that should.
+
+    batch: sequences in one forward + backward of one GPU. evenly: whether passes must share a step
+    without a rest. generator: see estimate_memory.
+    """
     shared = {
         "shards": world.local_size,
-        "accumulates": accumulation > 1,
         "logits_chunks": CHUNKS,
         "bytes_per_value": 2 if world.device.type == "cuda" else 4,
+        "generator": generator,
+        "reshard_after_forward": reshard_after_forward,
     }
-    estimate = estimate_memory(config, device_batch_size=batch, **shared)
+    estimate = estimate_memory(
+        config, device_batch_size=batch, accumulates=accumulation > 1, **shared
+    )
     if world.device.type != "cuda":
         return f"memory: about {estimate} a process"
     available = torch.cuda.get_device_properties(world.device).total_memory
-    if estimate.total > USABLE_SHARE * available:
+    usable = int(USABLE_SHARE * available)
+    if estimate.total > usable:
         # A smaller batch is accumulated, which keeps fp32 gradients of all parameters.
-        smaller = {**shared, "accumulates": True}
-        most = largest_device_batch(int(USABLE_SHARE * available), config, **smaller)
-        advice = f"--device-batch-size {most} should fit" if most else "no batch size fits"
+        shared |= {"accumulates": True, "sequences": batch * accumulation if evenly else None}
+        advice = _what_fits(usable, config, shared)
         raise UserError(
             f"not enough GPU memory: {batch} sequences of {config.sequence_len} take about "
             f"{estimate}, the GPU has {available / GIB:.1f} GiB; {advice}"
         )
     return f"memory: about {estimate} of {available / GIB:.1f} GiB a GPU"
+
+
+def _what_fits(usable: int, config: GPTConfig, settings: dict[str, Any]) -> str:
+    """Flags with which a run should stay within so many bytes."""
+    if most := largest_device_batch(usable, config, **settings):
+        return f"--device-batch-size {most} should fit"
+    if most := largest_device_batch(usable, config, **settings | {"reshard_after_forward": True}):
+        return f"--device-batch-size {most} with --reshard-after-forward should fit"
+    return "no batch size fits" + (", but fewer --max-rows may" if settings["generator"] else "")
 
 
 def check_disk(folder: Path, keep: int, config: GPTConfig) -> None:

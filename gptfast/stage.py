@@ -9,7 +9,7 @@ stage.train(plan, loader, source.tokenizer, evaluate=..., sample=..., title="...
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -161,11 +161,32 @@ class Stage:
         """In the run, so that the run is all that later stages need."""
         return (self.folder / "tokenizer").absolute()
 
-    def check(self, *, device_batch_size: int, accumulation: int) -> None:
-        """UserError unless GPU memory and disk suffice for the run."""
+    def check(
+        self,
+        *,
+        device_batch_size: int,
+        accumulation: int,
+        longest: int | None = None,
+        generator: int = 0,
+    ) -> None:
+        """UserError unless GPU memory and disk suffice for the run.
+
+        longest: tokens of the longest sequence that is trained on; the model's otherwise.
+        generator: bytes that stay reserved to generate those sequences.
+        """
         self._device_batch_size = device_batch_size
         check_disk(self.folder, self.settings.run.keep, self.config)
-        self.say(check_memory(self.config, device_batch_size, accumulation, self.world))
+        told = check_memory(
+            self.config if longest is None else replace(self.config, sequence_len=longest),
+            device_batch_size,
+            accumulation,
+            self.world,
+            reshard_after_forward=self.settings.system.reshard_after_forward,
+            # Where a step is so many tokens; where it is rows or answers, a pass may be less full.
+            evenly=isinstance(self.settings.optim, OptimSettings),
+            generator=generator,
+        )
+        self.say(told)
 
     def build(self, source: Source | None = None) -> None:
         """Make the sharded model, with the source's weights if there is one, and its optimizer."""

@@ -13,7 +13,7 @@ from gptfast.conversation import render_for_completion
 from gptfast.engine import Engine
 from gptfast.errors import UserError
 from gptfast.evaluate.generative import Answering
-from gptfast.model import GPT
+from gptfast.model import GPT, GPTConfig
 from gptfast.rl.config import (
     AnswerSettings,
     QuestionSettings,
@@ -24,7 +24,7 @@ from gptfast.rl.config import (
 from gptfast.rl.evaluation import RLEvaluation, pass_at_k
 from gptfast.rl.grpo import Rollout, advantages, make_batches, rewards_and_tokens, token_weights
 from gptfast.rl.loader import length_multiple
-from gptfast.rl.rollouts import Actor, longest_rollout, roll_out
+from gptfast.rl.rollouts import Actor, generator_bytes, longest_rollout, roll_out
 from gptfast.tasks.toy import Toy
 from tests.scripted import scripted_model
 from tests.tuning_cases import BYTES, CONFIG
@@ -225,6 +225,19 @@ def test_the_engine_answers_with_the_trainer_s_weights(place):
             read = [*engine.model.model.parameters(), *itertools.chain(*engine.model.weights)]
             places.append([tensor.data_ptr() for tensor in read])
         assert places[0] == places[1]
+
+
+def test_what_stays_reserved_to_answer_is_known_before():
+    """Of a model on CPU, and of the report's d20 with 256 rows of 512 positions."""
+    config = replace(CONFIG, n_kv_head=1)
+    engine = Engine(GPT(config), BYTES, max_rows=4)
+    weights, cache = engine.model, engine.model.new_cache(4, 128)
+    kept = [*weights.model.parameters(), *(each.qkv for each in weights.weights), cache.k, cache.v]
+    taken = sum(tensor.nbytes for tensor in kept)
+    assert generator_bytes(config, torch.float32, rows=4, longest=100) == taken
+    d20 = GPTConfig.from_depth(20, vocab_size=65536)
+    gib = generator_bytes(d20, torch.bfloat16, rows=256, longest=500) / 2**30
+    assert gib == pytest.approx(1.04 + 0.18 + 12.5, abs=0.01)
 
 
 def test_pass_at_k_by_counting_all_choices():

@@ -82,6 +82,8 @@ def test_a_run_leaves_what_it_promises(whole):
     assert not any(name.startswith("tokens") for row in steps + evaluations for name in row)
     assert all(row.keys() >= {"pass@1", "pass@2"} for row in evaluations)
     assert any("6 steps of 4 x 8 answers, 3 pass(es) each" in line for line in said)
+    # A small model once more, and keys and values of 256 rows of 128 positions.
+    assert any(line.startswith("memory: ") and "generator 32.6)" in line for line in said)
     files = kept(run)
     assert list(files) == [f"step_{step:06d}.jsonl" for step in range(6)]
     task = Toy(split="train")

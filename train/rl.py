@@ -27,7 +27,7 @@ from gptfast.rl.config import (
 )
 from gptfast.rl.evaluation import RLEvaluation
 from gptfast.rl.loader import RolloutLoader, length_multiple
-from gptfast.rl.rollouts import Actor, longest_rollout
+from gptfast.rl.rollouts import Actor, generator_bytes, longest_rollout
 from gptfast.run import exit_code
 from gptfast.schedule import muon_momentum
 from gptfast.stage import Source, Stage, learning_rate
@@ -69,8 +69,14 @@ def train(settings: RLSettings, world: parallel.World, say: Callable[[str], None
         f"{questions.examples_per_step} x {answers.num_samples} answers, {plan.accumulation} "
         f"pass(es) each, on {world.size} process(es)"
     )
+    multiple = length_multiple(longest) if settings.system.compile else 1
     stage = Stage("rl", settings, config, world, say)
-    stage.check(device_batch_size=optim.device_batch_size, accumulation=plan.accumulation)
+    stage.check(
+        device_batch_size=optim.device_batch_size,
+        accumulation=plan.accumulation,
+        longest=longest + -longest % multiple,
+        generator=generator_bytes(config, stage.dtype, rows=answers.max_rows, longest=longest),
+    )
 
     # 2. The model that is trained, and the same one as it answers.
     stage.build(source)
@@ -88,7 +94,7 @@ def train(settings: RLSettings, world: parallel.World, say: Callable[[str], None
         settings,
         world=world,
         folder=stage.folder / "rollouts",
-        multiple=length_multiple(longest) if settings.system.compile else 1,
+        multiple=multiple,
     )
     answering = Answering(
         max_new_tokens=answers.max_new_tokens,

@@ -11,8 +11,10 @@ import torch
 
 from gptfast.conversation import Conversation, render_for_completion
 from gptfast.engine import Engine
+from gptfast.engine.engine import READ_CHUNK
+from gptfast.engine.kv_cache import bytes_per_position
 from gptfast.errors import UserError
-from gptfast.model import GPT
+from gptfast.model import GPT, GPTConfig, parameter_counts
 from gptfast.parallel import gather_replica
 from gptfast.rl.config import AnswerSettings
 from gptfast.rl.grpo import Rollout
@@ -72,6 +74,16 @@ class Actor:
         """With the weights as they are now. Every rank calls it, then they go their own ways."""
         gather_replica(self._model, self._replica)
         return self._engine
+
+
+def generator_bytes(config: GPTConfig, dtype: torch.dtype, *, rows: int, longest: int) -> int:
+    """What an Actor keeps reserved while the model trains: its replica, whose weights of q, k and v
+    the engine has side by side once more, and keys and values of `rows` answers."""
+    parameters = sum(parameter_counts(config).values())
+    heads = config.n_head + 2 * config.n_kv_head
+    parameters += config.n_layer * config.n_embd * heads * config.head_dim
+    positions = rows * (longest + -longest % READ_CHUNK)
+    return parameters * dtype.itemsize + positions * bytes_per_position(config, dtype)
 
 
 def roll_out(

@@ -200,12 +200,12 @@ def check_memory(base: BaseSettings, here: Here) -> str:
     room = int(USABLE_SHARE * here.gpu_memory)
     if estimated.total <= room:
         return f"about {estimated} of {here.gpu_memory / GIB:.1f} GiB a GPU"
-    most = largest_device_batch(room, config_of(base), **here.sharing(accumulates=True))
-    micro = base.model.sequence_len * here.gpus * here.nodes
-    fits = [n for n in range(1, most + 1) if base.optim.total_batch_size % (n * micro) == 0]
+    sequences = base.optim.total_batch_size // (base.model.sequence_len * here.gpus * here.nodes)
+    sharing = here.sharing(base.system, accumulates=True)
+    most = largest_device_batch(room, config_of(base), sequences=sequences, **sharing)
     advice = "give a smaller --depth"
-    if fits:
-        advice = f'--base-flags="--device-batch-size {fits[-1]}" should fit'
+    if most:
+        advice = f'--base-flags="--device-batch-size {most}" should fit'
     raise UserError(f"about {estimated}, but a GPU has {here.gpu_memory / GIB:.1f} GiB: {advice}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gptfast import hardware
-from gptfast.config import BaseSettings, accumulation_steps
+from gptfast.config import BaseSettings, SystemSettings, accumulation_steps
 from gptfast.config_chat import MidSettings, SFTSettings
 from gptfast.data import shards_for
 from gptfast.memory import GIB, MemoryEstimate, checkpoint_bytes, estimate_memory
@@ -66,13 +66,14 @@ class Here:
             cpu_flops=0.0 if on else _measure_cpu(),
         )
 
-    def sharing(self, *, accumulates: bool) -> dict[str, Any]:
-        """What an estimate of memory asks of the machine."""
+    def sharing(self, system: SystemSettings, *, accumulates: bool) -> dict[str, Any]:
+        """What an estimate of memory asks of the machine and of how it is used."""
         return {
             "shards": max(1, self.gpus),
             "accumulates": accumulates,
             "logits_chunks": CHUNKS,
             "bytes_per_value": 2 if self.gpu else 4,
+            "reshard_after_forward": system.reshard_after_forward,
         }
 
     @property
@@ -160,9 +161,8 @@ def memory_estimate(base: BaseSettings, here: Here) -> MemoryEstimate:
     config, optim = config_of(base), base.optim
     world = max(1, here.gpus) * here.nodes
     accumulates = accumulation_steps(optim, config.sequence_len, world) > 1
-    return estimate_memory(
-        config, device_batch_size=optim.device_batch_size, **here.sharing(accumulates=accumulates)
-    )
+    sharing = here.sharing(base.system, accumulates=accumulates)
+    return estimate_memory(config, device_batch_size=optim.device_batch_size, **sharing)
 
 
 def estimate(step: Step, stages: Mapping[str, Any], here: Here) -> Estimate:
