@@ -16,6 +16,8 @@ from gptfast.errors import UserError
 from gptfast.schedule import check_ratios
 
 DEFAULT_CACHE = Path.home() / ".cache" / "gptfast"
+# A few minutes, of the model that is the default there.
+CPU_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class HorizonSettings:
-    """How long to train: one of these, or 20 tokens for each parameter."""
+    """How long to train: one of these, or 20 tokens for each parameter; on a CPU, 60 steps."""
 
     num_iterations: int | None = None
     """Steps."""
@@ -67,10 +69,12 @@ class HorizonSettings:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) > 1:
             told = " and ".join(f"{name} {value:g}" for name, value in given.items())
-            raise UserError(
-                f"{told}: a run has one length. Without a GPU num_iterations is 60 unless it is "
-                "--num-iterations None"
-            )
+            raise UserError(f"{told}: a run has one length")
+
+    def iterations(self, device: str) -> int | None:
+        """Steps, where they do not follow from another of these. device: of SystemSettings."""
+        given = any(value is not None for value in vars(self).values())
+        return self.num_iterations if given or device != "cpu" else CPU_STEPS
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,6 @@ def preset(*, on_gpu: bool, processes: int) -> BaseSettings:
     return BaseSettings(
         model=ModelSettings(depth=4, sequence_len=128, vocab_size=2048),
         data=DataSettings(data="embedded", tokenizer_chars=2_000_000),
-        horizon=HorizonSettings(num_iterations=60),
         optim=OptimSettings(
             device_batch_size=sequences, total_batch_size=sequences * 128 * processes
         ),

@@ -33,9 +33,15 @@ def test_the_most_explicit_request_wins():
     assert horizon(**D20) == 21_400
 
 
+def test_on_a_cpu_a_run_has_60_steps_unless_a_length_is_given():
+    settings = preset(on_gpu=False, processes=1)
+    assert settings.horizon.iterations(settings.system.device) == 60
+    assert HorizonSettings(num_iterations=7).iterations("cpu") == 7
+    assert HorizonSettings(target_tokens=5_000_000).iterations("cpu") is None
+    assert HorizonSettings().iterations("auto") is None
+
+
 def test_two_lengths_of_a_run_are_refused():
-    """On a CPU, whose default is 60 steps, --target-tokens alone would be ignored."""
-    assert preset(on_gpu=False, processes=1).horizon == HorizonSettings(num_iterations=60)
     with pytest.raises(UserError, match=r"iterations 60 and target_tokens 5e.06: a run has one"):
         HorizonSettings(num_iterations=60, target_tokens=5_000_000)
 

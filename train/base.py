@@ -107,7 +107,7 @@ def make_plan(settings: BaseSettings, config: GPTConfig, world: parallel.World) 
         n_params=sum(parameter_counts(config).values()),
         flops_per_token=flops_per_token(config),
         total_batch_size=optim.total_batch_size,
-        iterations=length.num_iterations,
+        iterations=length.iterations(settings.system.device),
         tokens=length.target_tokens,
         target_flops=length.target_flops,
         tokens_per_param=length.target_param_data_ratio,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gptfast import hardware
+from gptfast.config import HorizonSettings
 from gptfast.errors import UserError
 from gptfast.model import GPTConfig, flops_per_token, parameter_counts
 from gptfast.report.runs import Run
@@ -137,15 +138,15 @@ def planned_steps(run: Run) -> int | None:
     if config is None:
         return None
     try:
-        length = run.settings["horizon"]
+        length = HorizonSettings(**run.settings["horizon"])
         return horizon(
             n_params=sum(parameter_counts(config).values()),
             flops_per_token=flops_per_token(config),
             total_batch_size=run.setting("total_batch_size"),
-            iterations=length["num_iterations"],
-            tokens=length["target_tokens"],
-            target_flops=length["target_flops"],
-            tokens_per_param=length["target_param_data_ratio"],
+            iterations=length.iterations(run.setting("device")),
+            tokens=length.target_tokens,
+            target_flops=length.target_flops,
+            tokens_per_param=length.target_param_data_ratio,
         )
     except (KeyError, TypeError, AttributeError, UserError):
         # Another stage's settings, or another version's: nobody can tell.

@@ -194,7 +194,7 @@ def steps_of(base: BaseSettings) -> int:
         n_params=sum(parameter_counts(config).values()),
         flops_per_token=flops_per_token(config),
         total_batch_size=base.optim.total_batch_size,
-        iterations=length.num_iterations,
+        iterations=length.iterations(base.system.device),
         tokens=length.target_tokens,
         target_flops=length.target_flops,
         tokens_per_param=length.target_param_data_ratio,
