@@ -59,11 +59,14 @@ class Checkpoints(Protocol):
 
 
 class Profiler(Protocol):
-    """Is told when the host begins a step, and when it has launched all of it."""
+    """Is told when the host begins a step, when it has launched all of it, and when no more
+    come."""
 
     def before(self, step: int) -> None: ...
 
     def after(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class TrainingDivergedError(RuntimeError):
@@ -187,6 +190,8 @@ class Trainer:
         try:
             self._run(start_step)
         finally:
+            if self.profiler is not None:
+                self.profiler.close()
             gc.enable()
             gc.unfreeze()
             for number, handler in previous.items():

@@ -250,7 +250,7 @@ class Stage:
             evaluate=evaluate,
             sample=sample,
             step_figures=step_figures,
-            profiler=self._profiler(plan),
+            profiler=self._profiler(plan, start_step),
             summary=summary,
         )
         try:
@@ -292,10 +292,16 @@ class Stage:
         known = [joules for joules in found if joules is not None]
         return sum(known) if len(known) == len(found) else None
 
-    def _profiler(self, plan: Plan) -> StepProfiler | None:
-        if self._profile_steps is None:
+    def _profiler(self, plan: Plan, start_step: int) -> StepProfiler | None:
+        steps, world = self._profile_steps, self.world
+        if steps is None:
             return None
-        world = self.world
+        if not start_step <= steps.start < steps.stop <= plan.total_steps:
+            self.say(
+                f"no profile of steps {steps.start}:{steps.stop}: the run does steps "
+                f"{start_step}:{plan.total_steps}"
+            )
+            return None
         job = Job(
             self.config,
             self._device_batch_size,
@@ -304,7 +310,7 @@ class Stage:
             shards=world.local_size,
         )
         return StepProfiler(
-            self._profile_steps,
+            steps,
             job=job,
             device=world.device,
             out=self.folder / LEDGER_FILE,

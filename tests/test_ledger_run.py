@@ -222,6 +222,29 @@ def test_a_profile_that_cannot_be_taken_is_one_line_and_the_run_goes_on(
     )
 
 
+def test_a_run_that_ends_within_its_profile_says_so_and_ends_well(tmp_path, model):
+    said: list[str] = []
+    profiler = StepProfiler(
+        range(3, 9),
+        job=Job(TINY, 3, 1, 1, 1),
+        device=torch.device("cpu"),
+        out=tmp_path / "ledger.json",
+        say=said.append,
+    )
+    profiler.close()
+    assert said == []
+    profiler.before(3)
+    profiler.after(3)
+    profiler.before(4)
+    assert torch.autograd._profiler_enabled()
+    profiler.close()
+    profiler.close()
+    # A process that ends while the profiler is at work is killed by it (SIGSEGV).
+    assert not torch.autograd._profiler_enabled()
+    assert said[1:] == ["no profile of steps 3:9: the run ended before"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_ranks_take_no_profile(tmp_path, model):
     profiler, said = profiled(tmp_path, model, range(1, 2), active=False)
     assert profiler.ledger is None

@@ -12,7 +12,7 @@ from gptfast import optim, parallel
 from gptfast.checkpoint import Checkpointer
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
-from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Plan, Trainer, TrainingDivergedError
+from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Plan, Profiler, Trainer, TrainingDivergedError
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig
 from gptfast.optim import build_optimizer
@@ -41,7 +41,15 @@ class Batches:
         return run[:, :-1].int(), run[:, 1:].contiguous()
 
 
-def train(folder: Path, *, steps: int = 6, rows: int = 4, accumulation: int = 1, **due: int):
+def train(
+    folder: Path,
+    *,
+    steps: int = 6,
+    rows: int = 4,
+    accumulation: int = 1,
+    profiler: Profiler | None = None,
+    **due: int,
+):
     """Run a small model; returns (summary, weights, calls of evaluate/sample/save by step)."""
     calls: list[tuple[str, int]] = []
     with parallel.start(cpu=True) as world:
@@ -72,6 +80,7 @@ def train(folder: Path, *, steps: int = 6, rows: int = 4, accumulation: int = 1,
             save=lambda step: calls.append(("save", step)),
             evaluate=lambda step: calls.append(("eval", step)) or {"val_bpb": 1.0},
             sample=lambda step: calls.append(("sample", step)) or {"samples": []},
+            profiler=profiler,
         )
         try:
             summary = trainer.run()
@@ -151,3 +160,29 @@ def test_a_diverged_run_whose_last_save_failed_tells_both(tmp_path, monkeypatch)
     told = r"10 steps in a row.*Last checkpoint in .*: not that after step 12: disk full: 0\.000 GB"
     with pytest.raises(TrainingDivergedError, match=told):
         train(tmp_path, steps=50, save_every=3)
+
+
+class Told:
+    """What a profiler is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int] | str] = []
+
+    def before(self, step: int) -> None:
+        self.calls.append(("before", step))
+
+    def after(self, step: int) -> None:
+        self.calls.append(("after", step))
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_a_profiler_is_told_the_end_be_it_an_error(tmp_path, monkeypatch):
+    whole, broken = Told(), Told()
+    train(tmp_path, steps=1, profiler=whole)
+    assert whole.calls == [("before", 0), ("after", 0), "close"]
+    monkeypatch.setattr(GPT, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, steps=1, profiler=broken)
+    assert broken.calls == [("before", 0), "close"]

@@ -14,6 +14,7 @@ from gptfast.checkpoint.files import load_full_state, read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
 from gptfast.errors import UserError
+from gptfast.loop import Plan
 from gptfast.model import GPT
 from gptfast.stage import Source, Stage, learning_rate
 from gptfast.tokenizer import Tokenizer
@@ -133,6 +134,38 @@ def test_asked_for_the_cpu_a_stage_has_the_defaults_of_a_machine_without_a_gpu(s
         stage.main()
     assert chosen[0].system == CPU_SYSTEM
     assert chosen == chosen[:1] * 3
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "says"),
+    [
+        (0, 9, None),
+        (3, 9, None),
+        (0, 8, "no profile of steps 3:9: the run does steps 0:8"),
+        (4, 20, "no profile of steps 3:9: the run does steps 4:20"),
+    ],
+    ids=["fits", "resumed before", "too short", "resumed within"],
+)
+def test_a_profile_that_the_run_cannot_finish_is_told_before_step_0(tmp_path, first, last, says):
+    said: list[str] = []
+    run = RunSettings(out=tmp_path / "run", profile_steps="3:9")
+    with parallel.start(cpu=True) as world:
+        stage = Stage("mid", MidSettings(system=CPU_SYSTEM, run=run), CONFIG, world, said.append)
+        stage.check(device_batch_size=2, accumulation=1)
+        profiler = stage._profiler(plan_of(last), first)
+    assert (profiler is None) == (says is not None)
+    assert [line for line in said if "profile" in line] == [says] * (says is not None)
+
+
+def plan_of(steps: int) -> Plan:
+    return Plan(
+        total_steps=steps,
+        accumulation=1,
+        tokens_per_step=96,
+        flops_per_token=1000,
+        learning_rate_multiplier=lambda step: 1.0,
+        momentum=lambda step: 0.9,
+    )
 
 
 def test_learning_rates_of_the_stages():

@@ -36,7 +36,8 @@ def parse_steps(text: str) -> range:
 
 
 class StepProfiler:
-    """Call `before(step)` and `after(step)` around every step of a run, on every rank.
+    """Call `before(step)` and `after(step)` around every step of a run, on every rank, and
+    `close()` when it is over: a process that ends within a profile crashes.
 
     When the last of `steps` is over, `out` (a path that ends in .json) holds the ledger; beside it
     lie the table as .txt, the waterfall as .png and, with keep_trace, the Chrome trace as
@@ -89,6 +90,17 @@ class StepProfiler:
         if self._profile is not None and step == self.steps[-1]:
             self._guarded(partial(self._finish, self._profile))
             self._profile = None
+
+    def close(self) -> None:
+        """The run is over, be it by a signal or an error: a profile that it cut off is dropped."""
+        taken, self._profile = self._profile, None
+        if taken is None:
+            return
+        if self._scope is not None:
+            self._scope.__exit__(None, None, None)
+            self._scope = None
+        self._guarded(taken.stop)
+        self.say(f"no profile of steps {self._name}: the run ended before")
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
