@@ -60,11 +60,11 @@ class Checkpoints(Protocol):
 
 class Profiler(Protocol):
     """Is told when the host begins a step, when it has launched all of it, and when no more
-    come."""
+    come. Says whether that took time, which is no step's."""
 
-    def before(self, step: int) -> None: ...
+    def before(self, step: int) -> bool: ...
 
-    def after(self, step: int) -> None: ...
+    def after(self, step: int) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -210,11 +210,11 @@ class Trainer:
             if step % _COLLECT_EVERY == _COLLECT_EVERY - 1:
                 gc.collect()
             began = time.perf_counter()
-            if self.profiler is not None:
-                self.profiler.before(step)
+            if self.profiler is not None and self.profiler.before(step):
+                clock = None
             clock = self._train_step(step, clock)
-            if self.profiler is not None:
-                self.profiler.after(step)
+            if self.profiler is not None and self.profiler.after(step):
+                clock = None
             if step == start_step:
                 self._settle()
                 first, launched = time.perf_counter() - began, seconds_since_launch()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import optim, parallel
+from gptfast import loop, optim, parallel
 from gptfast.checkpoint import Checkpointer
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
@@ -163,16 +163,26 @@ def test_a_diverged_run_whose_last_save_failed_tells_both(tmp_path, monkeypatch)
 
 
 class Told:
-    """What a profiler is told."""
+    """What a profiler is told; it takes a minute before step 2 and after step 3."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int] | str] = []
+        self.clock = 0.0
 
-    def before(self, step: int) -> None:
+    def now(self, device: torch.device) -> float:
+        """A clock of which every look takes a second, and nothing else any time."""
+        self.clock += 1.0
+        return self.clock
+
+    def before(self, step: int) -> bool:
         self.calls.append(("before", step))
+        self.clock += 60.0 * (step == 2)
+        return step == 2
 
-    def after(self, step: int) -> None:
+    def after(self, step: int) -> bool:
         self.calls.append(("after", step))
+        self.clock += 60.0 * (step == 3)
+        return step == 3
 
     def close(self) -> None:
         self.calls.append("close")
@@ -186,3 +196,11 @@ def test_a_profiler_is_told_the_end_be_it_an_error(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, steps=1, profiler=broken)
     assert broken.calls == [("before", 0), "close"]
+
+
+def test_what_a_profiler_takes_is_no_steps_time(tmp_path, monkeypatch):
+    profiler = Told()
+    monkeypatch.setattr(loop, "now", profiler.now)
+    summary, _, _ = train(tmp_path, steps=6, profiler=profiler)
+    assert [row["seconds"] for row in steps_of(tmp_path)] == [2.0] * 6
+    assert summary.training_seconds == 12.0

@@ -68,10 +68,10 @@ class StepProfiler:
         self._profile: profile | None = None
         self._scope: record_function | None = None
 
-    def before(self, step: int) -> None:
-        """The step is about to begin."""
+    def before(self, step: int) -> bool:
+        """The step is about to begin. Whether that took time: the profile began."""
         if not self.active:
-            return
+            return False
         # The stamp before the first profiled step ends the last unprofiled one.
         earliest = max(_FIRST_UNPROFILED, self.steps.start - _UNPROFILED_STEPS)
         if earliest <= step <= self.steps.start:
@@ -81,15 +81,19 @@ class StepProfiler:
         if step in self.steps and self._profile is not None:
             self._scope = record_function(f"{STEP} {step}")
             self._scope.__enter__()
+        return step == self.steps.start
 
-    def after(self, step: int) -> None:
-        """The step has been launched; the GPU may still be at it."""
+    def after(self, step: int) -> bool:
+        """The step has been launched; the GPU may still be at it. Whether this took time, seconds
+        to minutes of it: the ledger was made."""
         if self._scope is not None:
             self._scope.__exit__(None, None, None)
             self._scope = None
-        if self._profile is not None and step == self.steps[-1]:
-            self._guarded(partial(self._finish, self._profile))
-            self._profile = None
+        if self._profile is None or step != self.steps[-1]:
+            return False
+        self._guarded(partial(self._finish, self._profile))
+        self._profile = None
+        return True
 
     def close(self) -> None:
         """The run is over, be it by a signal or an error: a profile that it cut off is dropped."""
