@@ -97,7 +97,10 @@ def test_base_training_says_what_the_reference_says(report):
         for fact in block.rows
     }
     assert "66.6 % of their own 312" in notes["MFU %"]
-    assert "on 4 × H200" in notes["Total training time"]
+    assert notes["Total training time"] == (
+        "on 4 × H200: all steps, evaluation and profile apart; the reference: on 8 × "
+        "A100-SXM4-80GB, its first 11 steps left out"
+    )
     assert "NVIDIA H200 datasheet" in notes["MFU of this GPU's own peak %"]
 
 

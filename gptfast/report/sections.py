@@ -154,7 +154,7 @@ def _notes(stage: str, run: Run | None) -> dict[str, str]:
     denominator = f"{hardware.REPORT_PEAK_FLOPS / 1e12:.0f} TFLOP/s a GPU"
     notes = {
         "MFU %": f"of {denominator}, median of the steps after the 20th",
-        "Total training time": f"on {on}: all steps, evaluation apart",
+        "Total training time": f"on {on}: all steps, evaluation and profile apart",
         "Peak memory usage": "of one GPU",
     }
     if run and run.gpu is None:
@@ -169,7 +169,9 @@ def _notes(stage: str, run: Run | None) -> dict[str, str]:
             f"; the reference: its last step, of the same {denominator} (an H100's rate) on "
             f"{gpus} × {gpu}, so {theirs:.1f} % of their own {gpu_peak() / 1e12:.0f}"
         )
-        notes["Total training time"] += f"; the reference: on {gpus} × {gpu}"
+        notes["Total training time"] += (
+            f"; the reference: on {gpus} × {gpu}, its first 11 steps left out"
+        )
         notes["Peak memory usage"] += f"; the reference: {gpu}"
     return notes
 
