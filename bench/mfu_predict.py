@@ -24,7 +24,7 @@ from typing import NamedTuple
 from gptfast import hardware
 from gptfast.errors import UserError
 from gptfast.ledger.costs import newton_schulz_flops
-from gptfast.ledger.kinds import Job
+from gptfast.ledger.job import Job
 from gptfast.memory import GIB, USABLE_SHARE, estimate_memory
 from gptfast.model import GPTConfig, flops_per_token, parameter_counts
 from gptfast.parallel import blocks_per_unit

@@ -1,5 +1,6 @@
 """One step's kernels into named rows, beside what the hardware could do.
 
+job        what a step trained
 trace      a profile as events, each with the operators that launched it
 kinds      which row an event belongs to
 costs      FLOPs, bytes, measured ceilings, floors
@@ -10,7 +11,7 @@ profiler   StepProfiler, which takes the profile within a run
 
 from gptfast.ledger.book import Ledger, build, read_json, to_json
 from gptfast.ledger.costs import Ceilings, measure_ceilings
-from gptfast.ledger.kinds import Job
+from gptfast.ledger.job import Job
 from gptfast.ledger.profiler import LEDGER_FILE, StepProfiler, parse_steps, write
 from gptfast.ledger.text import compare, draw, table
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from gptfast import hardware
 from gptfast.errors import UserError
 from gptfast.ledger.costs import Ceilings, floor_ms, known_costs
+from gptfast.ledger.job import Job
 from gptfast.ledger.kinds import (
     ATTENTION,
     COMMUNICATION,
@@ -19,7 +20,6 @@ from gptfast.ledger.kinds import (
     OPTIMIZER_GROUP,
     PRODUCTS,
     SHARDING,
-    Job,
     Kind,
     is_communication,
     kind,

@@ -7,6 +7,7 @@ from math import ceil
 import torch
 
 from gptfast.clock import median_ms, timed
+from gptfast.ledger.job import Job
 from gptfast.ledger.kinds import (
     ADAMW,
     ATTENTION,
@@ -16,7 +17,6 @@ from gptfast.ledger.kinds import (
     NEWTON_SCHULZ,
     OPTIMIZER_GROUP,
     PRODUCTS,
-    Job,
 )
 from gptfast.ledger.trace import FORWARD
 from gptfast.model import parameter_counts

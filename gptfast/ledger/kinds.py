@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import KernelInterface
 
 import kernels
+from gptfast.ledger.job import Job
 from gptfast.ledger.trace import BACKWARD, FORWARD, OPTIMIZER, Event, Op
-from gptfast.model import GPTConfig
 
 PRODUCTS = "products"
 ATTENTION = "attention"
@@ -72,22 +72,6 @@ _COLLECTIVES = {
     "ptop": "all-gather by copy engines",
 }
 _BACKWARD_NAME = re.compile(r"backward|bwd|bprop|dot_do_o|convert_dq")
-
-
-class Job(NamedTuple):
-    """What the profiled process trained: enough to know every product's shape."""
-
-    config: GPTConfig
-    batch: int
-    """Sequences of one micro-step on this process."""
-    accumulation: int
-    processes: int
-    shards: int
-
-    @property
-    def tokens(self) -> int:
-        """Of one micro-step on this process."""
-        return self.batch * self.config.sequence_len
 
 
 class Kind(NamedTuple):

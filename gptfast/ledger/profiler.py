@@ -15,7 +15,7 @@ from gptfast.clock import Moment, median_ms, now
 from gptfast.errors import UserError
 from gptfast.ledger.book import Ledger, build, to_json
 from gptfast.ledger.costs import measure_ceilings
-from gptfast.ledger.kinds import Job
+from gptfast.ledger.job import Job
 from gptfast.ledger.text import draw, table
 from gptfast.ledger.trace import STEP, load_trace, stretch
 
