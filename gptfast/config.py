@@ -150,7 +150,8 @@ class RunSettings:
     keep: int = 2
     """Checkpoints to keep."""
     profile_steps: str | None = None
-    """Steps to profile, such as 20:23; the ledger of their kernels goes into the run's folder."""
+    """Steps to profile, such as 20:23; the ledger of their kernels goes into the run's folder.
+    Not in reinforcement learning."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log there."""
 

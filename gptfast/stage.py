@@ -151,6 +151,7 @@ class Stage:
             deterministic=system.deterministic,
             documents=documents,
         )
+        self._attention = attention.backend
         say(f"attention: {attention.backend} ({attention.reason}); kernels: {system.kernels}")
         self.make_gpt = partial(
             GPT, config, kernels=system.kernels, attention_backend=attention.backend
@@ -302,13 +303,19 @@ class Stage:
                 f"{start_step}:{plan.total_steps}"
             )
             return None
+        assert plan.tokens_per_step is not None, "RLSettings refuses to profile"
         job = Job(
             self.config,
             self._device_batch_size,
             plan.accumulation,
             processes=world.size,
             shards=world.local_size,
+            tokens_per_step=plan.tokens_per_step,
+            flops_per_token=plan.flops_per_token,
         )
+        settings = asdict(self.settings)
+        # Not "auto": what of it was chosen is what a step's time depends on.
+        settings["system"]["attention"] = self._attention
         return StepProfiler(
             steps,
             job=job,
@@ -316,7 +323,7 @@ class Stage:
             out=self.folder / LEDGER_FILE,
             say=self.say,
             active=world.is_main,
-            settings=asdict(self.settings),
+            settings=settings,
             environment=environment(world),
         )
 

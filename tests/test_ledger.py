@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gptfast.ledger import build, draw, table, to_json
+from gptfast.ledger import Job, build, draw, table, to_json
 from gptfast.ledger.book import HOST_LATE, WAITING, checks, unnamed_kernels, waterfall
 from gptfast.ledger.costs import known_costs, newton_schulz_flops
 from gptfast.ledger.kinds import (
@@ -20,7 +20,6 @@ from gptfast.ledger.kinds import (
     OPTIMIZER_GROUP,
     PRODUCTS,
     SHARDING,
-    Job,
     layer,
 )
 from gptfast.ledger.trace import stretch
@@ -175,6 +174,30 @@ def test_an_unknown_gpu_gets_no_invented_mfu(ledger, tmp_path):
     assert to_json(unknown)["mfu_report"] is None
     assert not draw(unknown, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_of_packed_documents_only_their_tokens_and_contexts_count(ledger):
+    """As training's own rows do: a step's tokens, each with the FLOPs of its own context."""
+    config, count = JOB.config, 3 * JOB.tokens
+    flops = flops_per_token(config, context=500.0)
+    packed = replace(
+        ledger,
+        unprofiled_step_ms=None,
+        job=JOB._replace(tokens_per_step=count, flops_per_token=flops),
+    )
+    rate = count / 4 / (packed.step_ms / 1e3)
+    assert packed.tokens_per_second == pytest.approx(rate)
+    assert packed.mfu() == pytest.approx(rate * flops / 989e12)
+    causal = flops_per_token(config, context=500.0, causal=True)
+    assert packed.flops_per_second(causal=True) == pytest.approx(rate * causal)
+    assert waterfall(packed)[-1][1] == pytest.approx(100 * packed.mfu())
+    # 3 of 4 tokens, each of which sees 500 of 2,048.
+    whole, _ = known_costs(ATTENTION, "forward", JOB)
+    part, _ = known_costs(ATTENTION, "forward", packed.job)
+    assert part == pytest.approx(whole * 3 / 4 * 500 / 2048)
+    told = f"of which 49,152 tokens count, the mean of the run, at {flops:,} FLOPs"
+    assert told in table(packed)[0]
+    assert "count" not in table(ledger)[0]
 
 
 def test_both_denominators_and_the_causal_count_stand_in_the_table(ledger):

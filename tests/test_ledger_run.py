@@ -16,7 +16,7 @@ from gptfast.errors import UserError
 from gptfast.ledger import Job, StepProfiler, build, compare, parse_steps, read_json, write
 from gptfast.ledger.kinds import PRODUCTS
 from gptfast.ledger.trace import STEP, load_trace, stretch
-from gptfast.model import GPT, GPTConfig
+from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import build_optimizer
 from kernels.newton_schulz import newton_schulz_ref
 from tests.fake_trace import D20, JOB, d20_ledger
@@ -155,12 +155,20 @@ def test_compare_names_the_row_that_lost(ledger):
         ({"job": JOB._replace(batch=16)}, "batch is 32 and 16"),
         ({"job": JOB._replace(config=D20)}, "n_layer is 2 and 20"),
         ({"unprofiled_step_ms": None}, "without the profiler"),
+        ({"job": JOB._replace(tokens_per_step=4)}, "tokens_per_step is 262144 and 4"),
     ],
-    ids=["gpu", "batch", "depth", "unprofiled"],
+    ids=["gpu", "batch", "depth", "unprofiled", "padding"],
 )
 def test_compare_refuses_what_is_not_the_same_work(ledger, change, words):
     with pytest.raises(UserError, match=words):
         compare(ledger, replace(ledger, **change), max_loss=0.02)
+
+
+def test_a_run_that_counts_all_its_tokens_is_compared_with_one_that_says_nothing(ledger):
+    told = JOB._replace(tokens_per_step=4 * JOB.tokens, flops_per_token=flops_per_token(JOB.config))
+    lines, failed = compare(ledger, replace(ledger, job=told), max_loss=0.02)
+    assert not failed
+    assert lines[-1].startswith("step 70.00 -> 70.00 ms")
 
 
 def test_parse_steps():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gptfast import parallel
+from gptfast.config import RunSettings
 from gptfast.conversation import render_for_completion
 from gptfast.engine import Engine
 from gptfast.errors import UserError
@@ -299,6 +300,8 @@ def test_what_cannot_be_is_refused_before_step_0(tmp_path):
         AnswerSettings(normalise_together=6)
     with pytest.raises(UserError, match="temperature must be 0"):
         AnswerSettings(temperature=-1)
+    with pytest.raises(UserError, match="every step has another number of tokens"):
+        RLSettings(run=RunSettings(profile_steps="20:23"))
     with pytest.raises(UserError, match="examples_per_step must be at least 1, got 0"):
         QuestionSettings(examples_per_step=0)
     with pytest.raises(UserError, match=r"16 examples a step cannot be shared by 3 .* is 18"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gptfast import parallel
+from gptfast.attention import BACKENDS
 from gptfast.checkpoint.files import load_full_state, read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
@@ -155,6 +156,19 @@ def test_a_profile_that_the_run_cannot_finish_is_told_before_step_0(tmp_path, fi
         profiler = stage._profiler(plan_of(last), first)
     assert (profiler is None) == (says is not None)
     assert [line for line in said if "profile" in line] == [says] * (says is not None)
+
+
+def test_a_runs_ledger_counts_as_its_metrics_do_and_names_the_attention_it_had(tmp_path):
+    run = RunSettings(out=tmp_path / "run", profile_steps="3:9")
+    settings = MidSettings(system=replace(CPU_SYSTEM, attention="auto"), run=run)
+    with parallel.start(cpu=True) as world:
+        stage = Stage("mid", settings, CONFIG, world, lambda line: None)
+        stage.check(device_batch_size=2, accumulation=1)
+        profiler = stage._profiler(plan_of(9), 0)
+    job = profiler.job
+    assert (job.counted_tokens, job.counted_flops) == (96, 1000)
+    assert profiler.settings["system"]["attention"] == stage.make_gpt.keywords["attention_backend"]
+    assert profiler.settings["system"]["attention"] in BACKENDS
 
 
 def plan_of(steps: int) -> Plan:

@@ -25,7 +25,7 @@ from gptfast.ledger.kinds import (
     kind,
 )
 from gptfast.ledger.trace import Event, Stretch
-from gptfast.model import GPTConfig, flops_per_token
+from gptfast.model import GPTConfig
 
 FORMAT = "gptfast ledger 1"
 FORMULA = "6 x (blocks + head) + 12 L H D T FLOPs a token (full square, no recomputation)"
@@ -71,9 +71,9 @@ class Ledger:
     """Further figures of the same session: forward + backward alone, sharding's cost, memory."""
 
     @property
-    def tokens(self) -> int:
-        """Of one step on one GPU."""
-        return self.job.tokens * self.job.accumulation
+    def tokens(self) -> float:
+        """Of one step on one GPU, those that count."""
+        return self.job.counted_tokens
 
     @property
     def best_step_ms(self) -> float:
@@ -85,7 +85,8 @@ class Ledger:
         return self.tokens / self.best_step_ms * 1e3
 
     def flops_per_second(self, *, causal: bool = False) -> float:
-        return self.tokens_per_second * flops_per_token(self.job.config, causal=causal)
+        job = self.job
+        return self.tokens_per_second * (job.counted_flops - causal * job.attention_flops / 2)
 
     @property
     def own_peak(self) -> float | None:
@@ -245,11 +246,8 @@ def waterfall(ledger: Ledger) -> list[tuple[str, float]]:
     peak = ledger.own_peak
     if peak is None:
         return []
-    config, tokens = ledger.job.config, ledger.tokens
-    ideal = 1e3 * tokens * flops_per_token(config) / peak
-    # Twice what the causal count leaves out.
-    attention = 2 * (flops_per_token(config) - flops_per_token(config, causal=True))
-    ideal_attention = 1e3 * tokens * attention / peak
+    ideal = 1e3 * ledger.tokens * ledger.job.counted_flops / peak
+    ideal_attention = 1e3 * ledger.tokens * ledger.job.attention_flops / peak
     named = (PRODUCTS, ATTENTION, OPTIMIZER_GROUP, COMMUNICATION, SHARDING, GAPS)
     rest = tuple(group for group in GROUPS if group not in named)
     stages, elapsed = [("peak", 100.0)], ledger.total(PRODUCTS)

@@ -86,9 +86,9 @@ def known_costs(group: str, name: str, job: Job) -> tuple[float, float] | None:
     """
     config = job.config
     if group == ATTENTION:
-        triangle = job.batch * config.n_head * config.sequence_len**2 * config.head_dim
+        # One of them is a twelfth of the formula's six over the whole square.
         products = 2 if name == FORWARD else 5
-        return float(products * triangle * config.n_layer * job.accumulation), 0.0
+        return products * job.attention_flops / 12 * job.counted_tokens, 0.0
     if group != OPTIMIZER_GROUP:
         return None
     counts = parameter_counts(config)

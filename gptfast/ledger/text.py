@@ -9,6 +9,7 @@ from gptfast.errors import UserError
 from gptfast.ledger.book import Ledger, Row, checks, unnamed_kernels, waterfall
 from gptfast.ledger.kinds import COMMUNICATION
 from gptfast.memory import GIB
+from gptfast.model import flops_per_token
 
 # Rows below this share of the step are one line a group in the table; the JSON has them all.
 _SHOWN_SHARE = 0.0005
@@ -89,7 +90,8 @@ def header(ledger: Ledger) -> list[str]:
     lines = [
         f"{ledger.device} x {job.processes}: {config.n_layer} layers of {config.n_embd}, "
         f"vocabulary {config.vocab_size:,}, {job.batch} x {config.sequence_len} tokens a GPU, "
-        f"{job.accumulation} pass(es) a step" + (f"; {settings}" if settings else ""),
+        f"{job.accumulation} pass(es) a step{_counted(ledger)}"
+        + (f"; {settings}" if settings else ""),
         f"step {ledger.best_step_ms:.2f} ms, {ledger.tokens_per_second:,.0f} tokens/s a GPU, "
         f"{_unit(ledger.flops_per_second(), 'FLOP/s')} a GPU by the report's formula "
         f"({_unit(ledger.flops_per_second(causal=True), 'FLOP/s')} counting causal attention only)",
@@ -107,6 +109,18 @@ def header(ledger: Ledger) -> list[str]:
     if ledger.ceilings:
         lines.append(f"measured ceilings: {ledger.ceilings}")
     return lines
+
+
+def _counted(ledger: Ledger) -> str:
+    """How many of a step's tokens count, unless all do."""
+    job = ledger.job
+    everything = (job.tokens * job.accumulation, flops_per_token(job.config))
+    if (ledger.tokens, job.counted_flops) == everything:
+        return ""
+    return (
+        f", of which {ledger.tokens:,.0f} tokens count, the mean of the run, "
+        f"at {job.counted_flops:,} FLOPs"
+    )
 
 
 def footer(ledger: Ledger) -> list[str]:
@@ -247,4 +261,7 @@ def _settings(ledger: Ledger) -> dict:
 def _flat(ledger: Ledger) -> dict:
     """What must be equal for two steps to be the same work."""
     job = ledger.job._asdict()
+    # None where they are what follows from the rest.
+    job["tokens_per_step"] = round(ledger.tokens * ledger.job.processes)
+    job["flops_per_token"] = ledger.job.counted_flops
     return {**asdict(job.pop("config")), **job}

@@ -96,6 +96,13 @@ class RLSettings:
         default_factory=lambda: RunSettings(eval_every=60, sample_every=0, save_every=60)
     )
 
+    def __post_init__(self) -> None:
+        if self.run.profile_steps is not None:
+            raise UserError(
+                "--profile-steps: in reinforcement learning every step has another number of "
+                "tokens, so there is no ledger of them; profile base, mid or sft"
+            )
+
 
 def rl_preset(*, on_gpu: bool) -> RLSettings:
     """The defaults of train/rl.py here: the reference's on GPUs; elsewhere a toy that a small model
