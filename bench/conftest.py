@@ -108,10 +108,18 @@ def pytest_configure(config: pytest.Config) -> None:
     absent = [reason for provider in DISTRIBUTIONS if (reason := missing(provider))]
     if config.option.require_rivals and absent:
         raise pytest.UsageError(f"--require-rivals: {', '.join(absent)}")
+    for flag in ("--json", "--chart"):
+        refuse_missing_folder(flag, config.getoption(flag))
     if config.option.compare is not None:
         refuse_other_gpu(config.option.compare, suite.gpu.name if suite.gpu else "no CUDA GPU")
     if suite.gpu is not None and not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("bench/ needs pytest-benchmark: pip install -e '.[bench]'")
+
+
+def refuse_missing_folder(flag: str, file: Path | None) -> None:
+    """UsageError, before anything is measured, if the file has no folder to be written to."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise pytest.UsageError(f"{flag} {file}: there is no folder {file.parent}")
 
 
 def refuse_other_gpu(kept: Path, here: str) -> None:
@@ -189,11 +197,16 @@ def hand_over(request: pytest.FixtureRequest):
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Writes what was asked for; fails the session if --compare finds a loss."""
+    """Writes what was asked for; fails the session if --compare finds a loss, or if what was asked
+    for cannot be had because nothing was measured."""
     config = session.config
     suite, option = config.stash[SUITE], config.option
     config.stash[LINES] = []
     if not suite.rows:
+        asked = [flag for flag in ("--json", "--chart", "--compare") if config.getoption(flag)]
+        if asked:
+            config.stash[LINES] = [f"{', '.join(asked)}: nothing was measured in this session"]
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
         return
     card, ceilings = suite.instruments()
     gpu = card.name
@@ -230,6 +243,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     lines = config.stash.get(LINES, [])
     if config.stash[SUITE].gpu is None:
         # Kept true by tests/test_aot.py.
-        lines = [NO_GPU, *aot.lines(json.loads(aot.TABLE.read_text()))]
+        lines = [NO_GPU, *aot.lines(json.loads(aot.TABLE.read_text())), *lines]
     for line in lines:
         terminalreporter.write_line(line)

@@ -1,11 +1,21 @@
 """What `pytest bench/` reports: marks, table, JSON, comparison, chart."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from bench.case import BACKWARD, BOTH, FORWARD
-from bench.conftest import refuse_other_gpu
+from bench.conftest import (
+    LINES,
+    SUITE,
+    pytest_sessionfinish,
+    refuse_missing_folder,
+    refuse_other_gpu,
+)
 from bench.marks import marks
 from bench.report import Row, agreement, chart, compare, read_json, table, timed, write_json
+from bench.suite import Suite
 
 
 def row(case, direction, provider, ms, size="d20", **more):
@@ -165,3 +175,36 @@ def test_compare_refuses_before_anything_is_measured(tmp_path, content, problem)
     (tmp_path / "kept.json").write_text(content)
     with pytest.raises(pytest.UsageError, match=problem):
         refuse_other_gpu(tmp_path / "kept.json", "Fake H200")
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for fine in (None, Path("now.json"), tmp_path / "now.json"):
+        refuse_missing_folder("--json", fine)
+    with pytest.raises(pytest.UsageError, match=r"--chart no/c.png: there is no folder no$"):
+        refuse_missing_folder("--chart", Path("no/c.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "after", "lines"),
+    [
+        ({}, 0, 0, []),
+        (
+            {"--json": Path("now.json"), "--compare": Path("kept.json")},
+            0,
+            1,
+            ["--json, --compare: nothing was measured in this session"],
+        ),
+        ({"--chart": Path("c.png")}, 2, 2, ["--chart: nothing was measured in this session"]),
+    ],
+    ids=["nothing asked", "asked", "failed before"],
+)
+def test_a_session_that_measured_nothing_fails_if_it_was_to_write_or_compare(
+    options, before, after, lines
+):
+    stash = pytest.Stash()
+    stash[SUITE] = Suite(None, 0.0, do_bench=False)
+    config = SimpleNamespace(stash=stash, option=None, getoption=options.get)
+    session = SimpleNamespace(config=config, exitstatus=before)
+    pytest_sessionfinish(session)
+    assert (session.exitstatus, stash[LINES]) == (after, lines)
