@@ -58,7 +58,8 @@ class MeasureSettings:
         for name, least in (
             ("device_batch_size", 1),
             ("accumulation", 1),
-            ("warmup", 1),
+            # Those that a profiler never counts.
+            ("warmup", 3),
             ("timed", 2),
         ):
             if getattr(self, name) < least:
@@ -219,6 +220,7 @@ class Session:
             out=measure.out,
             say=self.say,
             active=world.is_main,
+            unprofiled=measure.timed,
             settings=self.described(),
             environment=environment(world),
             keep_trace=measure.trace,

@@ -14,6 +14,7 @@ from gptfast import optim
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
 from gptfast.ledger import Job, StepProfiler, build, compare, parse_steps, read_json, write
+from gptfast.ledger import profiler as profiler_module
 from gptfast.ledger.kinds import PRODUCTS
 from gptfast.ledger.trace import STEP, load_trace, stretch
 from gptfast.model import GPT, GPTConfig, flops_per_token
@@ -214,6 +215,30 @@ def test_step_profiler_writes_the_ledger_of_a_run(tmp_path, model):
     assert read_json(tmp_path / "run" / "ledger.json").step_ms == profiler.ledger.step_ms
     assert stretch(load_trace(tmp_path / "run" / "ledger.trace.json.gz")).steps == 2
     assert sum("without CUDA" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "timed"),
+    [(40, {}, range(20, 40)), (70, {"unprofiled": 50}, range(20, 70)), (20, {}, range(3, 20))],
+    ids=["20 by default", "50", "the first 3 never count"],
+)
+def test_as_many_steps_as_asked_are_timed_before_the_profile(
+    tmp_path, monkeypatch, first, asked, timed
+):
+    stamped: list[int] = []
+    monkeypatch.setattr(profiler_module, "now", lambda device: stamped.append(step))
+    monkeypatch.setattr(StepProfiler, "_start", lambda self: None)
+    profiler = StepProfiler(
+        range(first, first + 4),
+        job=JOB,
+        device=torch.device("cpu"),
+        out=tmp_path / "ledger.json",
+        say=print,
+        **asked,
+    )
+    for step in range(first + 4):
+        profiler.before(step)
+    assert stamped == [*timed, first]
 
 
 def test_a_profile_that_cannot_be_taken_is_one_line_and_the_run_goes_on(

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import mfu
+from bench import mfu, mfu_step
 from bench.mfu_step import MeasureSettings, MfuSettings, preset
 from gptfast import optim, parallel
 from gptfast.config import ModelSettings, SystemSettings
 from gptfast.errors import UserError
-from gptfast.ledger import read_json
+from gptfast.ledger import StepProfiler, read_json
 from gptfast.ledger.book import checks, unnamed_kernels
 from gptfast.ledger.kinds import PRODUCTS
 from gptfast.model import GPTConfig, flops_per_token
@@ -32,25 +32,34 @@ def tiny(out: Path, **more) -> MfuSettings:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Path, list[str]]:
+def measured(tmp_path_factory) -> tuple[Path, list[str], StepProfiler]:
     out, said = tmp_path_factory.mktemp("mfu") / "mfu.json", []
+    profilers: list[StepProfiler] = []
+
+    def profiler(*args, **options) -> StepProfiler:
+        profilers.append(StepProfiler(*args, **options))
+        return profilers[-1]
+
     with pytest.MonkeyPatch.context() as patch:
         # Newton-Schulz's kernel, interpreted, would take most of the time.
         patch.setattr(optim, "newton_schulz", newton_schulz_ref)
         # One thread: on a busy machine two that wait for each other take minutes.
         patch.setattr(os, "cpu_count", lambda: 1)
+        patch.setattr(mfu_step, "StepProfiler", profiler)
         with parallel.start(cpu=True) as world:
             mfu.measure(tiny(out, sharding_cost=True), world, said.append)
-    return out, said
+    return out, said, *profilers
 
 
 def test_one_call_gives_everything(measured):
-    out, said = measured
+    out, said, profiler = measured
     ledger = read_json(out)
     assert ledger.device == "cpu"
     assert ledger.job.accumulation == 2
     assert ledger.settings["kernels"] == "reference"
     assert ledger.steps == 3
+    # A stamp before each of the 2 timed steps, and one behind them.
+    assert len(profiler._stamps) == 3
     assert sum(row.ms for row in ledger.rows) == pytest.approx(ledger.step_ms, rel=0.02)
     # A micro-step has 12 products in its blocks; each is called in both.
     qkv = next(row for row in ledger.rows if row.name == "qkv, weight gradient")
@@ -95,7 +104,7 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def test_compare_exits_1_beyond_the_threshold(measured, tmp_path, monkeypatch, capsys):
-    out, _ = measured
+    out, _, _ = measured
     assert run(monkeypatch, "compare", out, out) == 0
     slow = json.loads(out.read_text())
     slow["unprofiled_step_ms"] *= 1.5
@@ -137,7 +146,7 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"warmup": 0}, "warmup must be at least 1, got 0"),
+        ({"warmup": 0}, "warmup must be at least 3, got 0"),
         ({"device_batch_size": 0}, "device_batch_size must be at least 1"),
         ({"out": Path("table.txt")}, "must end in .json"),
     ],

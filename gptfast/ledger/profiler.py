@@ -21,9 +21,8 @@ from gptfast.ledger.trace import STEP, load_trace, stretch
 
 # Where a run keeps its ledger, in its folder.
 LEDGER_FILE = Path("profile", "ledger.json")
-# Steps before the profile whose median is the step's time without it, and the first that counts:
-# before, compilation and a cold card are timed.
-_UNPROFILED_STEPS = 20
+# The first step whose time without the profiler counts: before, compilation and a cold card are
+# timed.
 _FIRST_UNPROFILED = 3
 
 
@@ -42,7 +41,8 @@ class StepProfiler:
     When the last of `steps` is over, `out` (a path that ends in .json) holds the ledger; beside it
     lie the table as .txt, the waterfall as .png and, with keep_trace, the Chrome trace as
     .trace.json.gz. Of several steps the first only fills the GPU's queue. Only the active process
-    profiles. Whatever goes wrong is told in one line, and the run goes on.
+    profiles. Whatever goes wrong is told in one line, and the run goes on. unprofiled: so many
+    steps before the profile, as far as there are; their median is a step's time without it.
 
     `ledger` is the result, None before it is there and where it could not be had.
     """
@@ -56,12 +56,13 @@ class StepProfiler:
         out: Path,
         say: Callable[[str], None],
         active: bool = True,
+        unprofiled: int = 20,
         settings: dict | None = None,
         environment: dict | None = None,
         keep_trace: bool = False,
     ) -> None:
         self.steps, self.job, self.device, self.out, self.say = steps, job, device, out, say
-        self.active, self.keep_trace = active, keep_trace
+        self.active, self.unprofiled, self.keep_trace = active, unprofiled, keep_trace
         self.settings, self.environment = settings or {}, environment or {}
         self.ledger: Ledger | None = None
         self._stamps: list[Moment] = []
@@ -73,7 +74,7 @@ class StepProfiler:
         if not self.active:
             return False
         # The stamp before the first profiled step ends the last unprofiled one.
-        earliest = max(_FIRST_UNPROFILED, self.steps.start - _UNPROFILED_STEPS)
+        earliest = max(_FIRST_UNPROFILED, self.steps.start - self.unprofiled)
         if earliest <= step <= self.steps.start:
             self._stamps.append(now(self.device))
         if step == self.steps.start:
