@@ -54,11 +54,13 @@ def main() -> int:
 
         return exit_code(run) or int(slower)
     if command == "predict":
-        settings = tyro.cli(
-            mfu_predict.PredictSettings, args=sys.argv[2:], prog="bench.mfu predict"
-        )
-        return exit_code(lambda: print("\n".join(mfu_predict.lines(settings))))
+        return exit_code(predict)
     return exit_code(measure_here)
+
+
+def predict() -> None:
+    settings = tyro.cli(mfu_predict.PredictSettings, args=sys.argv[2:], prog="bench.mfu predict")
+    print("\n".join(mfu_predict.lines(settings)))
 
 
 def measure_here() -> None:

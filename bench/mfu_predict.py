@@ -65,6 +65,14 @@ class PredictSettings:
         for name in ("depth", "device_batch_size", "node_gpus", "network_gbit", "sequence_len"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        total, one = self.total_batch_size, self.sequence_len
+        if total is not None and (total < one or total % one):
+            below = total // one * one
+            near = f"{below:,} or {below + one:,}" if below > 0 else f"{one:,}"
+            raise UserError(
+                f"total_batch_size {total:,} is no multiple of the {one:,} tokens of a sequence; "
+                f"the nearest that are: {near}"
+            )
 
 
 class OneGpu(NamedTuple):
@@ -165,16 +173,16 @@ def predict(
 
 
 def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None:
-    """The fastest mesh whose memory should suffice; None if there is none."""
-    tokens = at.total_batch_size
-    sequences = at.device_batch_size
-    passes = 1
-    if tokens is not None:
-        each = tokens / at.sequence_len / gpus
-        if each < 1:
+    """The fastest mesh whose memory should suffice; None if there is none, or if the GPUs cannot
+    share a step's sequences equally."""
+    sequences, passes = at.device_batch_size, 1
+    if at.total_batch_size is not None:
+        each, rest = divmod(at.total_batch_size // at.sequence_len, gpus)
+        if rest:
             return None
-        passes = ceil(each / at.device_batch_size)
-        sequences = int(each / passes)
+        most = at.device_batch_size
+        passes = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
+        sequences = each // passes
     candidates = []
     shards = 1
     while shards <= gpus:
@@ -190,6 +198,13 @@ def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None
                 candidates.append(predict(config, sequences, passes, shards, gpus // shards, at))
         shards *= 2
     return min(candidates, key=lambda p: p.step, default=None)
+
+
+def _why_none(gpus: int, at: PredictSettings) -> str:
+    sequences = (at.total_batch_size or 0) // at.sequence_len
+    if sequences % gpus:
+        return f"{sequences:,} sequences a step cannot be shared equally by so many"
+    return "no mesh's memory fits this batch"
 
 
 def lines(at: PredictSettings) -> list[str]:
@@ -220,7 +235,7 @@ def lines(at: PredictSettings) -> list[str]:
     while gpus <= 1024:
         found = best(config, gpus, at)
         if found is None:
-            out.append(f"{gpus:>5}  no mesh fits this batch and memory")
+            out.append(f"{gpus:>5}  {_why_none(gpus, at)}")
         else:
             per_gpu = found.passes * found.batch * config.sequence_len / found.step
             mfu = hardware.mfu(per_gpu * flops_per_token(config), own.bf16_flops)

@@ -125,6 +125,11 @@ def test_compare_exits_1_beyond_the_threshold(measured, tmp_path, monkeypatch, c
     assert "no ledger" in capsys.readouterr().err
 
 
+def test_a_batch_that_cannot_be_predicted_is_one_line(monkeypatch, capsys):
+    assert run(monkeypatch, "predict", "--total-batch-size", 1_000_000) == 2
+    assert capsys.readouterr().err.startswith("error: total_batch_size 1,000,000 is no multiple")
+
+
 def test_out_of_memory_says_what_would_fit(monkeypatch, capsys):
     def measure(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -44,6 +44,21 @@ def test_a_fixed_batch_is_split_until_a_gpu_has_no_sequence_left():
     assert best(D20, 512, at) is None
 
 
+def test_no_sequence_of_a_batch_is_dropped():
+    """37 sequences of each of 8 GPUs are 37 passes, as no fewer that fit share them equally."""
+    found = best(D20, 8, PredictSettings(total_batch_size=8 * 37 * 2048))
+    assert (found.passes, found.batch) == (37, 1)
+    found = best(D20, 8, PredictSettings(total_batch_size=8 * 36 * 2048))
+    assert (found.passes, found.batch) == (2, 18)
+    at = PredictSettings(total_batch_size=8 * 37 * 2048)
+    assert best(D20, 16, at) is None
+    row = next(line for line in lines(at) if line.startswith("   16"))
+    assert row.endswith("296 sequences a step cannot be shared equally by so many")
+    for total, near in ((1_000_000, "999,424 or 1,001,472"), (5, "2,048"), (0, "2,048")):
+        with pytest.raises(UserError, match=f"no multiple of the 2,048 .* are: {near}$"):
+            PredictSettings(total_batch_size=total)
+
+
 def test_a_model_that_fits_only_sharded_is_sharded():
     at = PredictSettings(device_batch_size=2, gpu_memory_gib=22.0)
     found = best(GPTConfig.from_depth(32, vocab_size=65536), 64, at)
