@@ -15,6 +15,7 @@ say something. The last line is JSON.
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ import tiktoken
 import tyro
 
 from gptfast.data import BatchLoader, RowGroup, iter_texts, prepare_corpus
+from gptfast.run import exit_code
 from gptfast.tokenizer import Tokenizer
 
 
@@ -61,7 +63,12 @@ class TiktokenDocuments:
             return np.concatenate([part for ids in parts for part in (bos, ids)]).view(np.int32)
 
 
-def main(settings: Settings) -> None:
+def main() -> None:
+    measure(tyro.cli(Settings, description=__doc__))
+
+
+def measure(settings: Settings) -> None:
+    """Print the table and, last, the JSON."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.cores])
     corpus = prepare_corpus(settings.data, cache=settings.cache)
     groups = corpus.train[: settings.row_groups]
@@ -142,4 +149,4 @@ def _encode_one(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(exit_code(main))

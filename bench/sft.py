@@ -17,6 +17,7 @@ the timed steps of all rounds together. The last line is JSON.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -41,7 +42,7 @@ from gptfast.metrics import MetricsLog, read_rows
 from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
-from gptfast.run import environment, write_json
+from gptfast.run import environment, exit_code, write_json
 from gptfast.tokenizer import Tokenizer
 
 # Rows of one pass of the reference (nanochat d6d86cb, scripts/chat_sft.py).
@@ -377,4 +378,4 @@ def print_table(figures: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

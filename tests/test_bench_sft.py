@@ -1,7 +1,11 @@
-"""bench/sft.py at toy size: both ways run, and its counts are right."""
+"""bench/sft.py at toy size: both ways run, and its counts are right; what it and bench/loader.py
+say of a mistake."""
 
 import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,3 +68,21 @@ def test_the_padded_loader_pads_to_the_longest_of_four():
         for row, length in enumerate(lengths):
             assert (targets[row, length:] == -1).all()
             assert np.count_nonzero(targets[row] >= 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sft --train my.jsonl", "error: --train needs the --tokenizer that its text is cut by\n"),
+        ("loader --data /nope", "error: no dataset /nope: it is neither fineweb-edu nor embedded"),
+    ],
+    ids=["sft", "loader"],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, command, words):
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(Path(sft.__file__).with_name(f"{name}.py")), run_name="__main__")
+    captured = capsys.readouterr()
+    assert captured.err.startswith(words)
+    assert captured.err.count("\n") == 1
