@@ -33,6 +33,9 @@ _PEAKS = {
     "RTX 3090": Peak(71e12, "NVIDIA Ampere GA102 paper, fp32 accumulation"),
     "MI300X": Peak(1307e12, "AMD Instinct MI300X datasheet"),
 }
+# Behind a name of the table, a word that makes it a GPU of another rate: H200 NVL, RTX 4090 Laptop
+# GPU, RTX 4090 D, RTX 3090 Ti, A100-SXM4-40GB MIG 1g.5gb.
+_ANOTHER = {"NVL", "Laptop", "D", "Ti", "MIG"}
 
 
 def peak(device_name: str) -> Peak | None:
@@ -40,8 +43,10 @@ def peak(device_name: str) -> Peak | None:
     words = device_name.replace("-", " ").split()
     for name, value in _PEAKS.items():
         parts = name.split()
-        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
-            return value
+        for i in range(len(words)):
+            end = i + len(parts)
+            if words[i:end] == parts:
+                return None if _ANOTHER & set(words[end:]) else value
     return None
 
 

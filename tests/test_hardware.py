@@ -16,14 +16,29 @@ from gptfast.hardware import REPORT_PEAK_FLOPS, mfu, peak
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
         ("NVIDIA L4", 121),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA L40S", 362),
     ],
 )
 def test_dense_bf16_peaks(name, tflops):
-    assert peak(name).bf16_flops == tflops * 1e12
+    assert peak(name).bf16_flops == pytest.approx(tflops * 1e12)
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "NVIDIA L400", "Tesla V100-SXM2-16GB"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA L400",
+        "Tesla V100-SXM2-16GB",
+        "NVIDIA H200 NVL",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA H100 NVL MIG 1g.12gb",
+    ],
+)
 def test_an_unknown_gpu_gets_no_invented_figure(name):
     assert peak(name) is None
 
