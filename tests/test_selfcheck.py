@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import kernels
 from gptfast.config import preset
@@ -164,12 +165,14 @@ def test_whatever_breaks_is_red(monkeypatch, tmp_path):
 
 
 def test_a_server_that_does_not_answer_is_red(monkeypatch):
-    monkeypatch.setattr(selfcheck, "_HUB", "http://127.0.0.1:9")
+    # As HF_ENDPOINT sets it.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9/mirror")
     monkeypatch.setattr(selfcheck.core_fetch, "ARCHIVE", Nowhere)
     settings = SpeedrunSettings(offline=False, data="fineweb-edu", cache=Path("/nowhere"))
     found = check(settings)
     for name in ("text", "CORE bundle", "chat tasks"):
         assert found[name].state == FAILED
+        assert found[name].detail.startswith("http://127.0.0.1:9/")
         assert "does not answer" in found[name].detail
         assert found[name].detail.endswith("or --offline")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from gptfast.attention import choose_attention
 from gptfast.chat_data import MID_TRAIN, MID_VAL, SFT_TRAIN, SFT_VAL, open_mixtures
@@ -30,7 +31,6 @@ from gptfast.speedrun.settings import SpeedrunSettings
 from gptfast.tokenizer import Tokenizer
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
-_HUB = "https://huggingface.co"
 _ANSWER_SECONDS = 10.0
 # Of the links' rate: what an all-reduce reaches that goes over them is to be above, and what one
 # reaches that goes another way below.
@@ -92,7 +92,7 @@ def check_text(settings: SpeedrunSettings, base: BaseSettings) -> str:
     spec = base.data.data
     if spec == "fineweb-edu":
         here = sorted((settings.cache / "data" / spec).glob("shard_*.parquet"))
-        answers(f"{_HUB}/datasets/karpathy/fineweb-edu-100b-shuffle", "--data: a folder of text")
+        hub_answers("karpathy/fineweb-edu-100b-shuffle", "--data: a folder of text")
         return f"{len(here)} shard(s) of fineweb-edu here, the Hub answers for the others"
     corpus = prepare_corpus(
         spec, cache=settings.cache / "data", validation=base.data.validation, progress=False
@@ -138,7 +138,7 @@ def check_mixture(mixture: MixtureSettings, train: Sequence[str], val: Sequence[
     names = {Part.parse(part).name for part in (*(mixture.train or train), *mixture.val)}
     named = {n for n in names if n != EMBEDDED and not Path(n).expanduser().exists()}
     if named and mixture.chat_data is None:
-        answers(f"{_HUB}/datasets/HuggingFaceTB/smol-smoltalk", "--chat-data: a folder with copies")
+        hub_answers("HuggingFaceTB/smol-smoltalk", "--chat-data: a folder with copies")
         return "will be fetched (1 GB) where it is not in the cache; the Hub answers"
     found = open_mixtures(mixture, train=train, val=val)
     sizes = len(found.train.task), len(found.val.task)
@@ -150,7 +150,7 @@ def check_chat_tasks(plan: Plan, settings: SpeedrunSettings) -> str:
     if not steps:
         raise SkippedError(_left_out(plan, "chat-mid") or "no chat evaluation is planned")
     if settings.chat_data is None:
-        answers(f"{_HUB}/datasets/openai/gsm8k", "--chat-data: a folder with copies of the tasks")
+        hub_answers("openai/gsm8k", "--chat-data: a folder with copies of the tasks")
         return "will be fetched (60 MB); the Hub answers"
     left_out = _left_out(plan, "chat-mid")
     return f"in {settings.chat_data}{f'; left out: {left_out}' if left_out else ''}"
@@ -274,6 +274,11 @@ def answers(url: str, instead: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{url} does not answer ({error}): {instead}, or --offline") from error
+
+
+def hub_answers(dataset: str, instead: str) -> None:
+    """As `answers`, of a dataset's page on the Hub that HF_ENDPOINT names, where downloads go."""
+    answers(f"{constants.ENDPOINT}/datasets/{dataset}", instead)
 
 
 def _left_out(plan: Plan, step: str) -> str:
