@@ -88,6 +88,8 @@ def test_base_training_says_what_the_reference_says(report):
     assert found["Peak memory usage"] == ("46,080.00 MiB", "75,374.27 MiB")
     assert found["max_seq_len"] == ("2048", "2048")
     assert found["Minimum validation bpb"] == ("0.7973", "0.8143")
+    # Nothing estimates it while training.
+    assert found["CORE metric estimate"] == ("–", "0.2133")
     notes = {
         fact.label: fact.note
         for section in report.sections
@@ -101,6 +103,7 @@ def test_base_training_says_what_the_reference_says(report):
         "on 4 × H200: all steps, evaluation and profile apart; the reference: on 8 × "
         "A100-SXM4-80GB, its first 11 steps left out"
     )
+    assert notes["CORE metric estimate"].startswith("not taken while ours trains")
     assert "NVIDIA H200 datasheet" in notes["MFU of this GPU's own peak %"]
 
 

@@ -27,7 +27,6 @@ def base_results(run: Run) -> Figures:
         "DDP world size": run.processes,
         "Minimum validation bpb": min(validations, default=None),
         "Final validation bpb": validations[-1] if validations else None,
-        "CORE metric estimate": _last(run, "core_metric"),
         "MFU %": percent(run.steady("mfu_report")),
         "Total training flops": training_flops(run),
         "Total training time": minutes(run.training_seconds),

@@ -173,6 +173,7 @@ def _notes(stage: str, run: Run | None) -> dict[str, str]:
             f"; the reference: on {gpus} × {gpu}, its first 11 steps left out"
         )
         notes["Peak memory usage"] += f"; the reference: {gpu}"
+        notes["CORE metric estimate"] = "not taken while ours trains; CORE is of the done model"
     return notes
 
 
