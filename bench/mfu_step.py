@@ -18,11 +18,12 @@ from gptfast.config import DataSettings, ModelSettings, OptimSettings, SystemSet
 from gptfast.data import BatchLoader
 from gptfast.errors import UserError
 from gptfast.ledger import Job, Ledger, StepProfiler
-from gptfast.loop import Plan, Trainer
+from gptfast.loop import Trainer
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import Optimizer, build_optimizer
 from gptfast.parallel import World
+from gptfast.plan import Plan
 from gptfast.preflight import check_memory, prepare_text
 from gptfast.run import environment
 from gptfast.schedule import muon_momentum

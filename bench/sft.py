@@ -36,12 +36,13 @@ from gptfast.chat_data import PackedRows, RowLoader, Tokens, open_mixtures, toke
 from gptfast.config import LearningSettings, ModelSettings, SystemSettings
 from gptfast.config_chat import CPU_SYSTEM, MixtureSettings
 from gptfast.errors import UserError
-from gptfast.loop import Plan, Trainer
+from gptfast.loop import Trainer
 from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, read_rows
 from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
+from gptfast.plan import Plan
 from gptfast.run import environment, exit_code, write_json
 from gptfast.tokenizer import Tokenizer
 

@@ -17,9 +17,10 @@ import torch
 from gptfast.checkpoint.files import MANIFEST, list_steps, step_folder
 from gptfast.errors import UserError
 from gptfast.lock import lock_folder
-from gptfast.loop import Summary, TrainingDivergedError
+from gptfast.loop import TrainingDivergedError
 from gptfast.machine import describe_machine
 from gptfast.parallel import World, launcher
+from gptfast.plan import Summary
 from gptfast.plots import plot_run
 
 STAGES = ("base", "mid", "sft", "rl")

@@ -12,10 +12,11 @@ from gptfast import loop, optim, parallel
 from gptfast.checkpoint import Checkpointer
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
-from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Plan, Profiler, Trainer, TrainingDivergedError
+from gptfast.loop import MAX_SKIPPED_IN_A_ROW, Profiler, Trainer, TrainingDivergedError
 from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig
 from gptfast.optim import build_optimizer
+from gptfast.plan import Plan
 from kernels.newton_schulz import newton_schulz_ref
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)

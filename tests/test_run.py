@@ -15,7 +15,7 @@ import pytest
 
 from gptfast import parallel
 from gptfast.errors import UserError
-from gptfast.loop import Summary
+from gptfast.plan import Summary
 from gptfast.run import find_run, open_run_folder, resume_command, write_json, write_start
 
 

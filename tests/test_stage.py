@@ -15,8 +15,8 @@ from gptfast.checkpoint.files import load_full_state, read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
 from gptfast.errors import UserError
-from gptfast.loop import Plan
 from gptfast.model import GPT
+from gptfast.plan import Plan
 from gptfast.stage import Source, Stage, learning_rate
 from gptfast.tokenizer import Tokenizer
 from tests.tuning_cases import BYTES, CONFIG, write_source

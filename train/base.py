@@ -17,8 +17,8 @@ from gptfast import hardware, parallel
 from gptfast.config import BaseSettings, accumulation_steps, preset
 from gptfast.data import BatchLoader
 from gptfast.evaluate.base import BaseEvaluation, first_documents
-from gptfast.loop import Plan
 from gptfast.model import GPTConfig, flops_per_token, parameter_counts
+from gptfast.plan import Plan
 from gptfast.preflight import prepare_text
 from gptfast.run import exit_code
 from gptfast.schedule import horizon, muon_momentum

@@ -19,8 +19,8 @@ from gptfast.chat_data import MID_TRAIN, MID_VAL, RowLoader, StreamRows
 from gptfast.config import accumulation_steps
 from gptfast.config_chat import MidSettings, mid_preset
 from gptfast.evaluate.tuning import TuningEvaluation
-from gptfast.loop import Plan
 from gptfast.model import GPTConfig, flops_per_token
+from gptfast.plan import Plan
 from gptfast.preflight import prepare_conversations
 from gptfast.run import exit_code
 from gptfast.schedule import muon_momentum

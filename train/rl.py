@@ -15,8 +15,8 @@ import tyro
 
 from gptfast import hardware, parallel
 from gptfast.evaluate.generative import Answering
-from gptfast.loop import Plan
 from gptfast.model import CONTEXT_FACTOR, GPTConfig, flops_per_token
+from gptfast.plan import Plan
 from gptfast.rl.config import (
     SCRATCH,
     QuestionSettings,

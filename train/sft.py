@@ -20,8 +20,8 @@ from gptfast import hardware, parallel
 from gptfast.chat_data import SFT_TRAIN, SFT_VAL, PackedRows, RowLoader
 from gptfast.config_chat import SFTSettings, sft_preset
 from gptfast.evaluate.tuning import TuningEvaluation
-from gptfast.loop import Plan
 from gptfast.model import flops_per_token
+from gptfast.plan import Plan
 from gptfast.preflight import prepare_conversations, prepare_questions
 from gptfast.run import exit_code
 from gptfast.schedule import muon_momentum
