@@ -28,7 +28,8 @@ from kernels.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
 )
-from kernels.logits_pass import SPECIAL_FUNCTIONS_A_LOGIT, logits_pass
+from kernels.logits_pass import logits_pass
+from kernels.logits_tiles import SPECIAL_FUNCTIONS_A_LOGIT
 
 IGNORE = -1
 # Standard deviation of the logits. With targets drawn from the model itself this is how a trained

@@ -7,20 +7,23 @@ w is 1 or a weight of each row. kernels/cross_entropy.py calls it between its pr
 takes a row and looks at it twice: for the sum of exp(z), then for the gradient. The second look
 goes backwards, so that what was read last, and is still in L2, comes first.
 
-There are two kernels. Training runs `_cross_entropy_pairs_kernel`: bf16 and capped, so that the
-sum needs no running maximum. It takes two logits in 32 bits at a time and loads tiles ahead of
-their use. `_cross_entropy_kernel` takes the rest: fp32, no cap or a large one, odd rows.
+There are three kernels. Training runs the one of kernels/logits_tiles.py: bf16, a cap of at most
+32, whole tiles of 8,192 logits, the gradient asked for. `_cross_entropy_pairs_kernel` takes what
+else is bf16 and capped, so that the sum needs no running maximum: evaluation, whose losses are
+exact to fp32, and other vocabularies. It takes two logits in 32 bits at a time and loads tiles
+ahead of their use. `_cross_entropy_kernel` takes the rest: fp32, no cap or a large one, odd rows.
 
-What has to be done:
+What these two have to do, with the gradient (without it half):
 
     bytes              2 s M V: one read, one write of each logit (s bytes each)
-    special functions  4.5 a logit with a cap (derived below), 3 without; 16 a clock and SM
+    special functions  a logit and look 2 exponentials and, with a cap, a quarter of a reciprocal,
+                       as four logits share one: 4.5 with a cap, 3 without; 16 a clock and SM
 
-For d20's chunk (M = 16,384, V = 65,536, bf16) on an H200 these are 1.03 ms at 4.16 TB/s and 1.16 ms
-at 1.98 GHz. Measured: 1.42 ms (2026-11-23, Triton 3.6, bench/results/kernels-h200.json). With half
-as many rows 0.72 ms (2026-11-22); slower there: without loads ahead 0.79; a row kept in registers
-as 16-bit z, so that the second look costs one special function, 0.81 (they spill, and an SM holds
-one row at a time); such z written in place 0.74 (one more pass through L2).
+For d20's chunk (M = 16,384, V = 65,536, bf16) on an H200 these are 1.04 ms at 4.15 TB/s and 1.16 ms
+at 1.98 GHz. The pairs kernel took 1.42 ms (2026-11-23, Triton 3.6), and 1.58 to 1.66 behind the
+product. With half as many rows 0.72 ms (2026-11-22); slower there: without loads ahead 0.79; a row
+kept in registers as 16-bit z, so that the second look costs one special function, 0.81 (they spill,
+and an SM holds one row at a time); such z written in place 0.74 (one more pass through L2).
 """
 
 import torch
@@ -30,57 +33,25 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import FUSED_MULTIPLY_ADD, AotCase, runs_kernel
-
-# Of the pass with a cap: two looks, each with two powers of two and, as four logits share one, a
-# quarter of a reciprocal.
-SPECIAL_FUNCTIONS_A_LOGIT = 2 * (2 + 1 / 4)
+from kernels.logits_tiles import tiles_launch
+from kernels.softcap import LN_2, LOG2_E, cap_gap, halves, ignore_row
 
 # Up to this cap the sum of exp(z) over a row stays in fp32's range: no running maximum.
 MAX_BOUNDED_CAP = 64.0
 
 # Tiles of the pairs kernel under way: 3 are 3 % slower, 5 are 1 % (H200, 2026-11-22).
 _STAGES = tl.constexpr(4)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _shared_reciprocal(x, N: tl.constexpr):
-    """1 / x (N,) with one special function for every four neighbours; x in [1, 2^30].
-
-    1/a = b / (ab) and 1/b = a / (ab), applied twice. A thread holds at least four neighbours, so
-    that nothing moves between threads. rsqrt is one instruction, where a division checks for
-    denormals before and after.
-    """
-    a, b = tl.split(tl.reshape(x, [N // 2, 2]))
-    c, d = tl.split(tl.reshape(a * b, [N // 4, 2]))
-    root = tl.rsqrt(c * d)
-    r = root * root
-    ab = tl.reshape(tl.join(r * d, r * c), [N // 2])
-    return tl.reshape(tl.join(ab * b, ab * a), [N])
-
-
-@triton.jit
-def _gap(u, cap, N: tl.constexpr):
-    """(1 - tanh(u / cap)) / 2 = 1 / (1 + exp(2 u / cap)) of u (N,), or of a scalar for N = 1.
-
-    z in units of ln 2 is then (1 - 2 gap) cap log2(e), and dz/du is 4 gap (1 - gap).
-    """
-    doubled = u * (2.0 * _LOG2_E / cap)
-    # Past 2^30 tanh is 1 in fp32, and a product of four stays finite. NaN must stay NaN.
-    x = 1.0 + tl.exp2(tl.minimum(doubled, 30.0, propagate_nan=tl.PropagateNan.ALL))
-    return _shared_reciprocal(x, N) if N > 1 else 1.0 / x
 
 
 @triton.jit
 def _capped(u, softcap, N: tl.constexpr):
     """(z in units of ln 2, dz/du) of u (N,), or of a scalar for N = 1."""
     if softcap is None:
-        return u * _LOG2_E, 1.0
+        return u * LOG2_E, 1.0
     else:
         cap = tl.cast(softcap, tl.float32)
-        gap = _gap(u, cap, N)
-        return cap * _LOG2_E - 2.0 * cap * _LOG2_E * gap, 4.0 * (gap - gap * gap)
+        gap = cap_gap(u, cap, N)
+        return cap * LOG2_E - 2.0 * cap * LOG2_E * gap, 4.0 * (gap - gap * gap)
 
 
 @triton.jit
@@ -89,22 +60,6 @@ def _target_logit(logits_ptr, target, V, softcap):
     known = (target >= 0) & (target < V)
     u = tl.load(logits_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     return _capped(u, softcap, 1)[0]
-
-
-@triton.jit
-def _ignore_row(logits_ptr, loss_ptr, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    tl.store(loss_ptr, 0.0)
-    if GRAD:
-        lanes = tl.arange(0, BLOCK)
-        zero = tl.zeros([BLOCK], logits_ptr.dtype.element_ty)
-        for start in range(0, V, BLOCK):
-            tl.store(logits_ptr + start + lanes, zero, mask=start + lanes < V)
-
-
-@triton.jit
-def _halves(pair):
-    """Two bf16 in 32 bits -> both in fp32, that of the lower address first."""
-    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -129,9 +84,9 @@ def _cross_entropy_pairs_kernel(
     lanes = tl.arange(0, BLOCK)
 
     if target == ignore_index:
-        _ignore_row(logits_ptr, losses_ptr + row, V, GRAD, 2 * BLOCK)
+        ignore_row(logits_ptr, losses_ptr + row, V, GRAD, 2 * BLOCK)
     else:
-        cap2 = cap * _LOG2_E
+        cap2 = cap * LOG2_E
         weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + row)
         # Before the first gradient is written.
         target2 = _target_logit(logits_ptr, target, V, cap)
@@ -140,12 +95,12 @@ def _cross_entropy_pairs_kernel(
         for start in tl.range(0, pairs, BLOCK, num_stages=_STAGES):
             at = start + lanes
             inside = None if EVEN else at < pairs
-            low, high = _halves(tl.load(pairs_ptr + at, mask=inside, eviction_policy="evict_last"))
-            sums = tl.exp2(cap2 - 2.0 * cap2 * _gap(low, cap, BLOCK))
-            sums += tl.exp2(cap2 - 2.0 * cap2 * _gap(high, cap, BLOCK))
+            low, high = halves(tl.load(pairs_ptr + at, mask=inside, eviction_policy="evict_last"))
+            sums = tl.exp2(cap2 - 2.0 * cap2 * cap_gap(low, cap, BLOCK))
+            sums += tl.exp2(cap2 - 2.0 * cap2 * cap_gap(high, cap, BLOCK))
             total += sums if EVEN else tl.where(inside, sums, 0.0)
         lse2 = tl.log2(tl.sum(total))
-        tl.store(losses_ptr + row, weight * (lse2 - target2) * _LN_2)
+        tl.store(losses_ptr + row, weight * (lse2 - target2) * LN_2)
 
         if GRAD:
             last = (tl.cdiv(pairs, BLOCK) - 1) * BLOCK
@@ -159,8 +114,8 @@ def _cross_entropy_pairs_kernel(
                     mask=None if EVEN else at < pairs,
                     eviction_policy="evict_first",
                 )
-                low, high = _halves(pair)
-                low, high = _gap(low, cap, BLOCK), _gap(high, cap, BLOCK)
+                low, high = halves(pair)
+                low, high = cap_gap(low, cap, BLOCK), cap_gap(high, cap, BLOCK)
                 grad_low = tl.exp2(shift2 - 2.0 * cap2 * low)
                 grad_high = tl.exp2(shift2 - 2.0 * cap2 * high)
                 column = target - 2 * start
@@ -197,7 +152,7 @@ def _cross_entropy_kernel(
     lanes = tl.arange(0, BLOCK)
 
     if target == ignore_index:
-        _ignore_row(logits_ptr, losses_ptr + row, V, GRAD, BLOCK)
+        ignore_row(logits_ptr, losses_ptr + row, V, GRAD, BLOCK)
     else:
         weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + row)
         target2 = _target_logit(logits_ptr, target, V, softcap)
@@ -216,7 +171,7 @@ def _cross_entropy_kernel(
             top2 = higher2
         row_top2 = tl.max(top2)
         lse2 = row_top2 + tl.log2(tl.sum(total * tl.exp2(top2 - row_top2)))
-        tl.store(losses_ptr + row, weight * (lse2 - target2) * _LN_2)
+        tl.store(losses_ptr + row, weight * (lse2 - target2) * LN_2)
 
         if GRAD:
             last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
@@ -235,9 +190,12 @@ def _cross_entropy_kernel(
 
 
 def _launch(
-    dtype: torch.dtype, v: int, step: int, softcap: float | None
+    dtype: torch.dtype, v: int, step: int, softcap: float | None, grad: bool
 ) -> tuple[triton.JITFunction, dict]:
     """The kernel for rows of v logits that are `step` apart, and its launch's constants."""
+    tiles = tiles_launch(dtype, v, step, softcap) if grad else None
+    if tiles is not None:
+        return tiles
     bounded = softcap is not None and softcap <= MAX_BOUNDED_CAP
     if dtype == torch.bfloat16 and bounded and v % 2 == 0 and step % 2 == 0:
         # Sixteen pairs a thread, four rows to an SM: of tiles of 512 to 4,096 pairs, 2 to 16 warps
@@ -246,6 +204,7 @@ def _launch(
         warps = max(1, block // 512)
         even = v % (2 * block) == 0
         return _cross_entropy_pairs_kernel, {
+            "GRAD": grad,
             "EVEN": even,
             "BLOCK": block,
             "num_warps": warps,
@@ -255,7 +214,8 @@ def _launch(
     block = 16384 if v * dtype.itemsize > 160 * 1024 else 4096
     block = min(block, max(128, triton.next_power_of_2(v)))
     warps = max(1, block // 512)
-    return _cross_entropy_kernel, {"BLOCK": block, "num_warps": warps, "maxnreg": 64}
+    constants = {"GRAD": grad, "BLOCK": block, "num_warps": warps, "maxnreg": 64}
+    return _cross_entropy_kernel, constants
 
 
 def logits_pass(
@@ -278,11 +238,10 @@ def logits_pass(
     if not runs_kernel(logits):
         _logits_pass_ref(logits, targets, losses, softcap, ignore_index, grad, weights)
         return
-    kernel, constants = _launch(logits.dtype, v, logits.stride(0), softcap)
+    kernel, constants = _launch(logits.dtype, v, logits.stride(0), softcap, grad)
     with torch.cuda.device_of(logits):
         kernel[(m,)](
             *(logits, targets, weights, losses, v, logits.stride(0), softcap, ignore_index),
-            GRAD=grad,
             **constants,
             **FUSED_MULTIPLY_ADD,
         )
@@ -312,18 +271,20 @@ def _logits_pass_ref(
 
 
 def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
-    """d20's logits with their gradient, and for evaluation; a vocabulary that the tiles do not
-    divide, with weights; no cap; rows too long for four to an SM."""
+    """d20's logits with their gradient, with weights, and for evaluation; a vocabulary that the
+    tiles do not divide, with and without weights; no cap; rows too long for four to an SM."""
     bf16, fp32, int64 = torch.bfloat16, torch.float32, torch.int64
     cases = []
     for label, v, softcap, grad, weights in (
         ("cross_entropy 65536 cap grad", 65536, 15.0, True, None),
+        ("cross_entropy 65536 cap grad weights", 65536, 15.0, True, fp32),
         ("cross_entropy 65536 cap", 65536, 15.0, False, None),
+        ("cross_entropy 50304 cap grad", 50304, 15.0, True, None),
         ("cross_entropy 50304 cap grad weights", 50304, 15.0, True, fp32),
         ("cross_entropy 65536 grad", 65536, None, True, None),
         ("cross_entropy 131072 grad", 131072, None, True, None),
     ):
-        kernel, constants = _launch(bf16, v, v, softcap)
+        kernel, constants = _launch(bf16, v, v, softcap, grad)
         arguments = (bf16, int64, weights, fp32, v, v, softcap, -1)
-        cases.append(AotCase.of_launch(label, kernel, *arguments, GRAD=grad, **constants))
+        cases.append(AotCase.of_launch(label, kernel, *arguments, **constants))
     return cases

@@ -45,7 +45,7 @@ KERNELS = {
     "_rotary_qk_norm_fwd_kernel": LAYERS,
     "_rotary_qk_norm_bwd_kernel": LAYERS,
     **ACTIVATIONS,
-    "_cross_entropy_pairs_kernel": CHUNKS,
+    "_cross_entropy_tiles_kernel": CHUNKS,
     # The head's two gradients.
     "_scale_kernel": 2,
 }
