@@ -1,5 +1,5 @@
-"""What kernels over logits share: the soft cap z = cap tanh(u / cap) with exponentials alone, rows
-that do not count, two bf16 out of 32 bits."""
+"""What kernels over capped logits share: the soft cap z = cap tanh(u / cap) made of exponentials,
+rows that do not count, two bf16 out of 32 bits."""
 
 import triton
 import triton.language as tl
