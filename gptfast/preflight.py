@@ -31,10 +31,6 @@ from gptfast.tasks.embedded import ChosenSums
 from gptfast.tokenizer import Tokenizer, train_tokenizer
 from kernels.cross_entropy import CHUNKS
 
-# 4.8 to 4.9 on this text in the report's tokenizer evaluation; a little more here, so that a run
-# does not start its text anew unawares.
-_CHARACTERS_PER_TOKEN = 5.0
-
 
 def prepare_text(
     settings: DataSettings,
@@ -55,7 +51,7 @@ def prepare_text(
         corpus = prepare_corpus(
             settings.data,
             cache=settings.cache / "data",
-            train_shards=shards_for(tokens, _CHARACTERS_PER_TOKEN),
+            train_shards=shards_for(tokens),
             validation=settings.validation,
             progress=first,
         )

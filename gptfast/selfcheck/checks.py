@@ -16,7 +16,7 @@ from gptfast.chat_data import MID_TRAIN, MID_VAL, SFT_TRAIN, SFT_VAL, open_mixtu
 from gptfast.chat_data.mixture import EMBEDDED, Part
 from gptfast.config import BaseSettings
 from gptfast.config_chat import MixtureSettings
-from gptfast.data import prepare_corpus
+from gptfast.data import prepare_corpus, shards_in
 from gptfast.errors import UserError
 from gptfast.evaluate import core_fetch
 from gptfast.evaluate.core_bundle import CORE_TASKS, load_bundle
@@ -91,9 +91,9 @@ def run_checks(
 def check_text(settings: SpeedrunSettings, base: BaseSettings) -> str:
     spec = base.data.data
     if spec == "fineweb-edu":
-        here = sorted((settings.cache / "data" / spec).glob("shard_*.parquet"))
+        here = shards_in(settings.cache / "data" / spec)
         hub_answers("karpathy/fineweb-edu-100b-shuffle", "--data: a folder of text")
-        return f"{len(here)} shard(s) of fineweb-edu here, the Hub answers for the others"
+        return f"{here} shard(s) of fineweb-edu here, the Hub answers for the others"
     corpus = prepare_corpus(
         spec, cache=settings.cache / "data", validation=base.data.validation, progress=False
     )

@@ -7,11 +7,10 @@ from typing import Any
 
 from gptfast.checkpoint.files import list_steps
 from gptfast.config import BaseSettings
-from gptfast.data import shards_for
+from gptfast.data import shards_for, shards_in
 from gptfast.memory import checkpoint_bytes
 from gptfast.speedrun.decide import is_whole
 from gptfast.speedrun.estimate import (
-    CHARACTERS_PER_TOKEN,
     SHARD_BYTES,
     DiskNeed,
     config_of,
@@ -49,6 +48,5 @@ def _checkpoints(step: Step, keep: int) -> int:
 def _missing_text(base: BaseSettings, cache: Path) -> float:
     if base.data.data != "fineweb-edu":
         return 0.0
-    there = len(list((cache / "data" / "fineweb-edu").glob("shard_*.parquet")))
-    wanted = shards_for(steps_of(base) * base.optim.total_batch_size, CHARACTERS_PER_TOKEN)
-    return max(0, wanted - there) * SHARD_BYTES
+    wanted = shards_for(steps_of(base) * base.optim.total_batch_size)
+    return max(0, wanted - shards_in(cache / "data" / base.data.data)) * SHARD_BYTES

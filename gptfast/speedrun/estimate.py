@@ -41,8 +41,6 @@ _START_SECONDS = {"gpu": 40.0, "cpu": 12.0}
 _CPU_SHARE = 0.3
 _CPU_SECONDS = {"tokenizer": 15, "loss": 30, "core": 600, "mid": 60, "sft": 60, "rl": 120}
 SHARD_BYTES = 100e6
-# Of English, and a vocabulary of 65,536; train/base.py counts its own.
-CHARACTERS_PER_TOKEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def _base(base: BaseSettings, here: Here) -> Estimate:
     seconds, ground = _training_seconds(config, work, steps, here)
     disk = (base.run.keep + 1) * checkpoint_bytes(config)
     if base.data.data == "fineweb-edu":
-        disk += shards_for(tokens, CHARACTERS_PER_TOKEN) * SHARD_BYTES
+        disk += shards_for(tokens) * SHARD_BYTES
     return Estimate("base", seconds, ground, f"{count(tokens)} tokens, {steps:,} steps", disk)
 
 

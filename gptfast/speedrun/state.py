@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.errors import UserError
+from gptfast.run import write_json
 from gptfast.speedrun.plan import Plan, Step
 
 FILE = "speedrun.json"
@@ -49,10 +50,7 @@ class State:
 
     def save(self) -> None:
         steps = {name: asdict(record) for name, record in self.records.items()}
-        text = json.dumps({**self._head, "steps": steps}, indent=2, default=str)
-        scratch = self.path.with_suffix(".partial")
-        scratch.write_text(text + "\n", encoding="utf-8")
-        scratch.replace(self.path)
+        write_json(self.path, {**self._head, "steps": steps})
 
     def fingerprint(self, step: Step) -> str:
         """Of all that the result depends on: command, the steps before, the user's files."""
