@@ -85,9 +85,23 @@ def _compile_labelled(job: tuple[str, int]) -> dict[str, int]:
     return compile_case(cases(arch)[label], arch)
 
 
-def measure() -> dict:
+def chosen(every: bool) -> list[tuple[str, int]]:
+    """(label, arch): all launches for all of ARCHS, or, a third less, all for sm_90 and one of each
+    kernel for the others."""
+    jobs = []
+    for arch in ARCHS:
+        first = {case.kernel: label for label, case in reversed(cases(arch).items())}
+        jobs += [
+            (label, arch)
+            for label, case in cases(arch).items()
+            if every or arch == 90 or first[case.kernel] == label
+        ]
+    return jobs
+
+
+def measure(every: bool = True) -> dict:
     """The table: {"triton": version, "kernels": {label: {"sm_80": {...}, ...}}}."""
-    jobs = [(label, arch) for arch in ARCHS for label in cases(arch)]
+    jobs = chosen(every)
     table: dict[str, dict] = {}
     with ProcessPoolExecutor(2) as pool:
         for (label, arch), figures in zip(jobs, pool.map(_compile_labelled, jobs)):

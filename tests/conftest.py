@@ -38,7 +38,34 @@ def round_to_bf16_when_interpreted() -> None:
     interpreter._convert_float = convert
 
 
+def patch_the_language_once_a_launch() -> None:
+    """Once for each module is enough: Triton's interpreter replaces its language's functions at
+    every call of a function by a kernel, 40 % of the time that decoding takes in its test."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        module = id(fn.__globals__)
+        if module in patched:
+            return interpreter._LangPatchScope()
+        scope = patch(fn)
+        if not patched:
+            restore = scope.restore
+
+            def restore_at_the_launchs_end():
+                patched.clear()
+                restore()
+
+            scope.restore = restore_at_the_launchs_end
+        patched.add(module)
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
 round_to_bf16_when_interpreted()
+patch_the_language_once_a_launch()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
