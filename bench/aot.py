@@ -24,6 +24,7 @@ import triton
 import tyro
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import kernels
 from kernels.launch import FUSED_MULTIPLY_ADD, AotCase
@@ -50,7 +51,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, int]:
     """Compiles one case for sm_{arch} and says what ptxas did."""
     types = {name: kind.partition(":") for name, kind in case.signature.items()}
     names = case.kernel.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if case.kernel.is_gluon() else ASTSource)(
         case.kernel,
         {name: types[name][0] if name in types else "constexpr" for name in names},
         dict(case.constexprs),

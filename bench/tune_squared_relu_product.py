@@ -1,11 +1,12 @@
 """Is a product with squared ReLU in its epilogue faster than cuBLAS and an elementwise kernel?
 
-    python -m bench.tune_squared_relu_product      # one Hopper GPU, about two minutes
+    python -m bench.tune_squared_relu_product      # one Hopper GPU, about four minutes
 
 At d20's hidden layer, forward and the input gradient behind it (kernels/squared_relu_product.py):
-cuBLAS's product alone, the pair that the model uses, and the fused kernel with each of the launch
-configurations below, under load and interleaved (bench/timing.py). The last line of each table says
-what the best of them would save in a step.
+cuBLAS's product alone, a pair of kernels, and the fused kernel with each of the launch
+configurations below, under load and interleaved (bench/timing.py); beside them its candidate, whose
+epilogue runs beside the next tile (kernels/squared_relu_overlap.py, with what was predicted). The
+last line of each table says what the best of them would save in a step.
 
 Predicted before any was measured, of one H200's figures (bench/results/kernels-h200.json: pair 1.70
 ms under load, of which the elementwise kernel 0.32, so cuBLAS 1.38 ms at 622 TFLOP/s; backward 1.38
@@ -25,6 +26,8 @@ from torch import Tensor
 from bench.case import Size, rand, sizes
 from bench.timing import LOAD_MS, Contender, Cost, Gpu, Stages, as_it_is, buffer_sets, interleave
 from kernels.squared_relu import squared_relu
+from kernels.squared_relu_overlap import CONFIG as OVERLAP
+from kernels.squared_relu_overlap import squared_relu_overlap
 from kernels.squared_relu_product import squared_relu_product
 
 PRODUCT, PAIR = "cuBLAS, product alone", "cuBLAS + elementwise"
@@ -72,13 +75,29 @@ CONFIGS = (
     Config((128, 128, 64), parts=4, stages=3, warps=4, programs=2),
 )
 
+# Of the candidate, with as much shared memory as there is: fewer and wider parts, fewer of them a
+# step, slots of half the depth, and other orders of tiles.
+OVERLAPS: tuple[dict[str, int], ...] = (
+    {},
+    {"EVERY": 2},
+    {"PARTS": 4, "GATES": 1, "EVERY": 2},
+    {"PARTS": 4, "GATES": 1, "EVERY": 4},
+    {"BLOCK_K": 32, "STAGES": 6, "EVERY": 2},
+    {"GROUP_M": 4},
+    {"GROUP_M": 16},
+)
+
 
 def contenders_of(
     pair: Callable[..., Tensor], product: Callable[..., Tensor], fused: Callable[..., Tensor]
 ) -> dict[str, Callable[..., Tensor]]:
-    return {PRODUCT: product, PAIR: pair} | {
-        str(c): partial(fused, config=c.launch) for c in CONFIGS
+    """fused(kernel, *arguments, config=...) is called with either kernel."""
+    ours = {str(c): partial(fused, squared_relu_product, config=c.launch) for c in CONFIGS}
+    overlaps = {
+        f"overlap {changed or ''}": partial(fused, squared_relu_overlap, config=OVERLAP | changed)
+        for changed in OVERLAPS
     }
+    return {PRODUCT: product, PAIR: pair} | ours | overlaps
 
 
 def forward(size: Size) -> tuple[Callable[[], tuple[Tensor, ...]], dict[str, Callable]]:
@@ -86,7 +105,7 @@ def forward(size: Size) -> tuple[Callable[[], tuple[Tensor, ...]], dict[str, Cal
     calls = contenders_of(
         pair=lambda x, w: squared_relu(x @ w.T),
         product=lambda x, w: x @ w.T,
-        fused=lambda x, w, config: squared_relu_product(x, w, None, config),
+        fused=lambda kernel, x, w, config: kernel(x, w, None, config),
     )
     return lambda: (rand(m, c), rand(f, c, scale=c**-0.5)), calls
 
@@ -96,7 +115,7 @@ def input_gradient(size: Size) -> tuple[Callable[[], tuple[Tensor, ...]], dict[s
     calls = contenders_of(
         pair=lambda dy, w, h: torch.ops.gptfast.squared_relu_bwd(dy @ w, h),
         product=lambda dy, w, h: dy @ w,
-        fused=lambda dy, w, h, config: squared_relu_product(dy, w, h, config),
+        fused=lambda kernel, dy, w, h, config: kernel(dy, w, h, config),
     )
     return lambda: (rand(m, c), rand(c, f, scale=c**-0.5), rand(m, f).relu().square()), calls
 
