@@ -109,7 +109,7 @@ TOY = {
     "train/mid.py": f"{RUN} --train embedded[:9] --val embedded[:4]",
     "train/sft.py": f"{RUN} --chat-data hub --val embedded[:4] --accuracy-problems 2 "
     "--accuracy-every 0 --target-examples-per-step 16",
-    "train/rl.py": f"{RUN} --task-data hub --num-iterations 1 --examples-per-step 2 "
+    "train/rl.py": f"{RUN} --chat-data hub --num-iterations 1 --examples-per-step 2 "
     "--num-samples 2 --normalise-together 2 --device-batch-size 4 --max-new-tokens 3 "
     "--eval-examples 2 --eval-samples 1",
     "train/evaluate.py chat": "--device cpu --chat-data hub --task GSM8K -x 2 -m 3",

@@ -83,8 +83,7 @@ def test_the_toy_needs_no_network_and_names_what_it_leaves_out(tmp_path):
         f"--chat-data={tmp_path}",
     )  # fmt: skip
     assert plan.missing[0] == ("chat-mid", "MMLU, HumanEval: not in --chat-data")
-    assert f"--task-data={tmp_path}" in plan.step("rl").arguments
-    for stage in ("mid", "sft"):
+    for stage in ("mid", "sft", "rl"):
         assert f"--chat-data={tmp_path}" in plan.step(stage).arguments
     assert f"--core-bundle={tmp_path}" in plan.step("core").arguments
 

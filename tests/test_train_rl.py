@@ -143,7 +143,7 @@ def test_from_a_run_and_on_school_mathematics(tmp_path):
             settings,
             start=replace(settings.start, source=str(source)),
             questions=replace(
-                settings.questions, task="gsm8k", task_data=tmp_path, num_iterations=2
+                settings.questions, task="gsm8k", chat_data=tmp_path, num_iterations=2
             ),
         )
     )

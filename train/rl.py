@@ -123,7 +123,7 @@ def load_questions(
     if questions.task == "toy":
         return Toy(split="train"), Toy(split="test")
     with world.node_leader_first() as first:
-        folder = questions.task_data and questions.task_data.expanduser() / "gsm8k"
+        folder = questions.chat_data and questions.chat_data.expanduser() / "gsm8k"
         folder = folder or fetch("gsm8k", questions.cache, progress=first)
         return GSM8K(folder, split="train"), GSM8K(folder, split="test")
 

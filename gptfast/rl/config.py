@@ -26,7 +26,7 @@ SCRATCH = "scratch"
 class QuestionSettings:
     task: Literal["gsm8k", "toy"] = "gsm8k"
     """What is asked: school mathematics, or for a digit."""
-    task_data: Path | None = None
+    chat_data: Path | None = None
     """Folder with a local copy of gsm8k/, laid out as on the Hub; fetched otherwise."""
     cache: Path = DEFAULT_CACHE
     """Where fetched questions are kept."""

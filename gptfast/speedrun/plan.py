@@ -213,7 +213,7 @@ class _Builder:
         arguments = [f"--source={self.runs[source]}", f"--out={run}", f"--cache={cache}"]
         if stage == "rl":
             if self._tasks(["GSM8K"]):
-                arguments += ["--task=gsm8k", *([f"--task-data={chat}"] if chat else [])]
+                arguments += ["--task=gsm8k", *([f"--chat-data={chat}"] if chat else [])]
             else:
                 arguments.append("--task=toy")
         elif chat:
