@@ -32,7 +32,8 @@ class MetricsLog:
 
     Rows go to `folder/metrics.jsonl`, one JSON object a line with a "kind": "step", "eval",
     "sample", "event". A resumed run appends; rows of steps at or after the one it resumes from
-    are dropped first, so that each step stands there once.
+    are dropped first, so that each step stands there once. UserError, and no rows yet, if one of
+    the sinks cannot be opened.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class MetricsLog:
         self._active = active
         if not active:
             return
+        self._sinks = [_SINKS[name](folder, settings) for name in sinks]
         path = folder / "metrics.jsonl"
         kept = _rows_before(path, start_step) if start_step else []
         # Beside it first: on a full disk what a run has told so far stays as it is.
@@ -58,7 +60,6 @@ class MetricsLog:
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=None
         )
-        self._sinks = [_SINKS[name](folder, settings) for name in sinks]
 
     def row(self, kind: str, step: int, **values: object) -> None:
         """One line of metrics.jsonl; numbers also go to the other sinks as kind/name."""
@@ -125,7 +126,10 @@ class _TensorBoard:
     def __init__(self, folder: Path, settings: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder / "tensorboard")
+        try:
+            self._writer = SummaryWriter(folder / "tensorboard")
+        except OSError as error:
+            raise UserError(f"--log-to tensorboard: {error}") from error
         self._writer.add_text("settings", json.dumps(asdict(settings), indent=2, default=str))
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -142,9 +146,15 @@ class _WeightsAndBiases:
     def __init__(self, folder: Path, settings: Any) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project="gptfast", name=folder.name, dir=folder, config=asdict(settings)
-        )
+        try:
+            self._run = wandb.init(
+                project="gptfast", name=folder.name, dir=folder, config=asdict(settings)
+            )
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"--log-to wandb: {reason} (WANDB_MODE=offline needs neither login nor network)"
+            ) from error
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)

@@ -225,14 +225,7 @@ class Stage:
             start_step, summary = self._resume(state, plan)
         if world.is_main:
             tokenizer.save(self.tokenizer_folder)
-        log = MetricsLog(
-            self.folder,
-            active=world.is_main,
-            start_step=start_step,
-            total_steps=plan.total_steps,
-            sinks=run.log_to,
-            settings=self.settings,
-        )
+        log = self._open_log(plan, start_step)
         meter = EnergyMeter(range(world.local_rank, world.local_rank + 1))
         before = summary.energy_joules
 
@@ -264,6 +257,18 @@ class Stage:
         summary.energy_joules = self._joules(meter, before)
         end_run(self.folder, summary, world, title=title, say=self.say)
         return summary
+
+    def _open_log(self, plan: Plan, start_step: int) -> MetricsLog:
+        # Rank 0 alone opens anything; if it cannot, all end.
+        with self.world.node_leader_first():
+            return MetricsLog(
+                self.folder,
+                active=self.world.is_main,
+                start_step=start_step,
+                total_steps=plan.total_steps,
+                sinks=self.settings.run.log_to,
+                settings=self.settings,
+            )
 
     def _state(self, loader: StageLoader, tokenizer: Tokenizer) -> RunState:
         return RunState(

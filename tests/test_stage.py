@@ -125,6 +125,41 @@ def test_where_else_to_log_is_checked_on_every_rank_before_anything_is_made(tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("sink", ["tensorboard", "wandb"])
+def test_a_sink_that_rank_0_cannot_open_ends_all_ranks_and_leaves_no_run(
+    tmp_path, monkeypatch, sink
+):
+    class Refusing:
+        class Error(Exception):
+            pass
+
+        @classmethod
+        def init(cls, **settings):
+            raise cls.Error("No API key configured.\nMore of it.")
+
+    monkeypatch.setitem(sys.modules, "wandb", Refusing)
+    settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run", log_to=(sink,)))
+    words = {
+        "tensorboard": "--log-to tensorboard: .*File exists",
+        "wandb": r"--log-to wandb: No API key configured\. \(WANDB_MODE=offline",
+    }
+    told: list[bool] = []
+    with parallel.start(cpu=True) as world:
+        stage = Stage("mid", settings, CONFIG, world, lambda line: None)
+        (stage.folder / "tensorboard").touch()
+        # What one rank tells, the others hear.
+        monkeypatch.setattr(
+            parallel.World, "any", lambda self, flag: told.append(flag) or any(told)
+        )
+        with pytest.raises(UserError, match=words[sink]):
+            stage._open_log(plan_of(9), 0)
+        stage.world = replace(world, rank=1, local_rank=1)
+        with pytest.raises(SystemExit, match="2"):
+            stage._open_log(plan_of(9), 0)
+    assert told == [True, False]
+    assert not (stage.folder / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("stage", [base, mid, sft, rl])
 def test_asked_for_the_cpu_a_stage_has_the_defaults_of_a_machine_without_a_gpu(stage, monkeypatch):
     chosen = []
