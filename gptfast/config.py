@@ -155,6 +155,9 @@ class RunSettings:
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log there."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "keep")
+
 
 @dataclass(frozen=True)
 class BaseSettings:

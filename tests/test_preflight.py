@@ -19,6 +19,7 @@ from gptfast.config import (
     LearningSettings,
     ModelSettings,
     OptimSettings,
+    RunSettings,
     accumulation_steps,
     preset,
 )
@@ -235,6 +236,7 @@ def test_more_shards_have_another_tokenizer_only_if_they_are_read(tmp_path):
     [
         *((ModelSettings(), name) for name in ("depth", "sequence_len", "vocab_size")),
         (DataSettings(), "tokenizer_chars"),
+        (RunSettings(), "keep"),
         *(
             (TokenizerSettings(out=Path("new")), name)
             for name in ("train_shards", "vocab_size", "max_chars", "doc_cap")
