@@ -30,6 +30,7 @@ import tyro
 from gptfast.data import BatchLoader, RowGroup, iter_texts, prepare_corpus
 from gptfast.run import exit_code
 from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.evaluation import load_encoding
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def main() -> None:
 
 def measure(settings: Settings) -> None:
     """Print the table and, last, the JSON."""
+    if settings.tokenizer is not None:
+        tokenizer = Tokenizer.load(settings.tokenizer)
+    else:
+        tokenizer = TiktokenDocuments(load_encoding(settings.encoding))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.cores])
     corpus = prepare_corpus(settings.data, cache=settings.cache)
     groups = corpus.train[: settings.row_groups]
     texts = list(iter_texts(groups))
-    if settings.tokenizer is not None:
-        tokenizer = Tokenizer.load(settings.tokenizer)
-    else:
-        tokenizer = TiktokenDocuments(tiktoken.get_encoding(settings.encoding))
     tokens = len(tokenizer.encode_documents(texts, threads=settings.cores))
 
     phases = phases_of(settings, groups, texts, tokenizer)

@@ -15,7 +15,7 @@ from bench import sft
 from gptfast import parallel
 from gptfast.chat_data import PackedRows
 from gptfast.model import GPTConfig, flops_per_token
-from tests.tuning_cases import plain_newton_schulz
+from tests.tuning_cases import BYTES, plain_newton_schulz
 
 __all__ = ["plain_newton_schulz"]
 
@@ -74,12 +74,17 @@ def test_the_padded_loader_pads_to_the_longest_of_four():
     ("command", "words"),
     [
         ("sft --train my.jsonl", "error: --train needs the --tokenizer that its text is cut by\n"),
-        ("loader --data /nope", "error: no dataset /nope: it is neither fineweb-edu nor embedded"),
+        (
+            "loader --data /nope --tokenizer {tokenizer}",
+            "error: no dataset /nope: it is neither fineweb-edu nor embedded",
+        ),
+        ("loader --encoding nope", "error: tiktoken has no encoding 'nope': choose one of gpt2, "),
     ],
-    ids=["sft", "loader"],
+    ids=["sft", "loader's data", "loader's encoding"],
 )
-def test_a_mistake_is_one_line(monkeypatch, capsys, command, words):
-    name, *arguments = command.split()
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, command, words):
+    BYTES.save(tmp_path)
+    name, *arguments = command.format(tokenizer=tmp_path).split()
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(Path(sft.__file__).with_name(f"{name}.py")), run_name="__main__")

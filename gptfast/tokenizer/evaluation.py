@@ -67,18 +67,24 @@ def render_summary(summary: Mapping[str, object]) -> str:
 
 
 def load_references() -> dict[str, tiktoken.Encoding]:
-    """GPT-2's and GPT-4's encodings from tiktoken's cache or the network; UserError if neither."""
-    encodings = {}
-    for label, name in REFERENCES.items():
-        try:
-            encodings[label] = tiktoken.get_encoding(name)
-        # OSError: no network (requests' errors are among them); ValueError: a damaged download.
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"tiktoken's {name} ({label}) cannot be loaded ({type(error).__name__}); without "
-                f"a network, set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files"
-            ) from error
-    return encodings
+    """GPT-2's and GPT-4's encodings; UserError if they are not to be had."""
+    return {label: load_encoding(name) for label, name in REFERENCES.items()}
+
+
+def load_encoding(name: str) -> tiktoken.Encoding:
+    """One of tiktoken's encodings, from its cache or the network. UserError if there is none of
+    this name, or neither has it."""
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise UserError(f"tiktoken has no encoding {name!r}: choose one of {', '.join(known)}")
+    try:
+        return tiktoken.get_encoding(name)
+    # OSError: no network (requests' errors are among them); ValueError: a damaged download.
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tiktoken's {name} cannot be loaded ({type(error).__name__}); without a network, set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files"
+        ) from error
 
 
 def compare(
