@@ -1,7 +1,7 @@
 """How fast is text made into batches, and how much of tiktoken's own rate is left?
 
     python -m bench.loader --data corpus/ --tokenizer tokenizer/
-    python -m bench.loader --data corpus/ --encoding gpt2 --cores 2
+    python -m bench.loader --data corpus/ --encoding gpt2 --cores 2 --out loader.json
 
 Every round times, one after another on the same row groups and cores: reading parquet into
 strings; tiktoken alone on those strings, by its own batch call and by one numpy call for each
@@ -27,8 +27,10 @@ import numpy as np
 import tiktoken
 import tyro
 
+from gptfast.config import DEFAULT_CACHE
 from gptfast.data import BatchLoader, RowGroup, iter_texts, prepare_corpus
-from gptfast.run import exit_code
+from gptfast.machine import describe_machine
+from gptfast.run import exit_code, timestamp, write_json
 from gptfast.tokenizer import Tokenizer
 from gptfast.tokenizer.evaluation import load_encoding
 
@@ -41,7 +43,7 @@ class Settings:
     """Folder of a trained tokenizer."""
     encoding: str = "gpt2"
     """Without a tokenizer's folder: an encoding that tiktoken knows."""
-    cache: Path = Path("~/.cache/gptfast")
+    cache: Path = DEFAULT_CACHE
     cores: int = 2
     """Cores to run on, and threads that tokenise."""
     row_groups: int = 4
@@ -49,6 +51,8 @@ class Settings:
     rounds: int = 5
     batch_size: int = 32
     sequence_len: int = 2048
+    out: Path | None = None
+    """Also write the JSON here."""
 
 
 class TiktokenDocuments:
@@ -69,13 +73,13 @@ def main() -> None:
 
 
 def measure(settings: Settings) -> None:
-    """Print the table and, last, the JSON."""
+    """Print the table and, last, the JSON; write that, if it is asked for."""
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
     else:
         tokenizer = TiktokenDocuments(load_encoding(settings.encoding))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.cores])
-    corpus = prepare_corpus(settings.data, cache=settings.cache)
+    corpus = prepare_corpus(settings.data, cache=settings.cache / "data")
     groups = corpus.train[: settings.row_groups]
     texts = list(iter_texts(groups))
     tokens = len(tokenizer.encode_documents(texts, threads=settings.cores))
@@ -95,10 +99,19 @@ def measure(settings: Settings) -> None:
         "fastest": {name: round(tokens / min(wall[name])) for name in phases},
         "per cpu s": {name: round(tokens / statistics.median(cpu[name])) for name in phases},
     }
-    print(f"{tokens:,} tokens, {sum(map(len, texts)):,} characters, {settings.cores} cores")
+    characters = sum(map(len, texts))
+    result = {
+        "tokens_per_second": rates,
+        "tokens": tokens,
+        "characters": characters,
+        "settings": asdict(settings),
+        "environment": {"ended": timestamp(), **describe_machine()},
+    }
+    print(f"{tokens:,} tokens, {characters:,} characters, {settings.cores} cores")
     show(rates)
-    settings_json = {key: str(value) for key, value in asdict(settings).items()}
-    print(json.dumps({"tokens_per_second": rates, **settings_json}))
+    if settings.out is not None:
+        write_json(settings.out, result)
+    print(json.dumps(result, default=str))
 
 
 def phases_of(

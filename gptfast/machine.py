@@ -29,6 +29,7 @@ def describe_machine() -> dict[str, object]:
         "git_dirty": bool(git("status", "--porcelain")),
         "git_message": git("log", "-1", "--format=%s"),
         "platform": platform.system(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_cores": physical_cores(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -102,14 +103,24 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def cpu_name() -> str | None:
+    """As it calls itself (Linux); None elsewhere."""
+    named = re.search(r"^model name\s*: (.+)", _cpu_info(), re.MULTILINE)
+    return named[1] if named else None
+
+
 def physical_cores() -> int | None:
     """Cores without their hyper-threads (Linux); None elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return None
+    text = _cpu_info()
     places = zip(
         re.findall(r"^physical id\s*: (\d+)", text, re.MULTILINE),
         re.findall(r"^core id\s*: (\d+)", text, re.MULTILINE),
     )
     return len(set(places)) or None
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return ""

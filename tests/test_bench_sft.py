@@ -1,5 +1,5 @@
-"""bench/sft.py at toy size: both ways run, and its counts are right; what it and bench/loader.py
-say of a mistake."""
+"""bench/sft.py at toy size: both ways run, and its counts are right; bench/loader.py, too; what
+they say of a mistake."""
 
 import json
 import runpy
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import sft
+from bench import loader, sft
 from gptfast import parallel
 from gptfast.chat_data import PackedRows
 from gptfast.model import GPTConfig, flops_per_token
@@ -68,6 +68,32 @@ def test_the_padded_loader_pads_to_the_longest_of_four():
         for row, length in enumerate(lengths):
             assert (targets[row, length:] == -1).all()
             assert np.count_nonzero(targets[row] >= 0) > 0
+
+
+def test_the_loaders_rates_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loader.os, "sched_setaffinity", lambda process, cores: None)
+    text = tmp_path / "mine.jsonl"
+    text.write_text("".join(f'{{"text": "number {n:03}"}}\n' for n in range(200)))
+    BYTES.save(tmp_path / "bytes")
+    settings = loader.Settings(
+        data=str(text),
+        tokenizer=tmp_path / "bytes",
+        cache=tmp_path / "cache",
+        cores=1,
+        rounds=1,
+        batch_size=2,
+        sequence_len=16,
+        out=tmp_path / "loader.json",
+    )
+    loader.measure(settings)
+    result = json.loads(settings.out.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    # The last 2 validate; each document has 10 letters, and one token before them.
+    assert (result["tokens"], result["characters"]) == (198 * 11, 198 * 10)
+    assert all(rates["parquet to batch"] > 0 for rates in result["tokens_per_second"].values())
+    assert (result["settings"]["cores"], result["environment"]["device"]) == (1, "cpu")
+    # Where training keeps its text.
+    assert [folder.name for folder in settings.cache.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize(
