@@ -208,6 +208,19 @@ def test_a_tab_that_is_left_does_not_write_over_another(page, server):
     assert said(tab) == ["hello", "Hello! I am small."]
 
 
+def test_tabs_that_chat_at_once_keep_a_conversation_each(page, server):
+    say(page, "hello")
+    tab = page.context.new_page()
+    tab.goto(server.url)
+    tab.keyboard.press("Control+Shift+O")
+    say(tab, "one")
+    say(page, "two")
+    for each in (tab, page):
+        each.reload()
+    assert said(tab) == ["one", "You said: one"]
+    assert said(page) == ["hello", "Hello! I am small.", "two", "You said: two"]
+
+
 def test_editing_drops_later_turns_and_again_asks_again(page, engine):
     say(page, "one")
     say(page, "two")
