@@ -135,3 +135,20 @@ def test_repeats_bit_for_bit():
     targets = torch.tensor([0, 1, 9000, IGNORED, 2 * TILE - 1], device=DEVICE)
     first, second = (ours(logits, targets) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("cap", "kernel"), [(CAP, "tiles"), (33.0, "pairs"), (None, "")])
+def test_offsets_beyond_32_bits(cap, kernel, launched):
+    """The last row begins 2^31 elements into the buffer, whose 4 GiB nobody touches between rows;
+    the step from row to row alone has 32 bits."""
+    step = 2**30
+    logits = randn(3, TILE, dtype=torch.bfloat16, scale=3.0)
+    targets = torch.tensor([0, 4321, TILE - 1], device=DEVICE)
+    expected_losses, expected_du = ours(logits, targets, cap=cap)
+    buffer = torch.empty(2 * step + TILE, dtype=torch.bfloat16, device=DEVICE)
+    du = buffer.as_strided((3, TILE), (step, 1)).copy_(logits)
+    losses = torch.empty(3, device=DEVICE)
+    logits_pass(du, targets, losses, cap, IGNORED, True)
+    assert launched == ["_".join(filter(None, ["_cross_entropy", kernel, "kernel"]))] * 2
+    assert torch.equal(losses, expected_losses)
+    assert torch.equal(du, expected_du)
