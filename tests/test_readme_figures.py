@@ -1,4 +1,4 @@
-"""README's table of kernels is the kept run's, digit for digit."""
+"""README's table of kernels, and its loader's rate, are those of the kept runs, digit for digit."""
 
 import json
 import re
@@ -10,7 +10,8 @@ from bench.providers import RIVALS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-KEPT = json.loads((ROOT / "bench" / "results" / "kernels-h200.json").read_text())
+RESULTS = ROOT / "bench" / "results"
+KEPT = json.loads((RESULTS / "kernels-h200.json").read_text())
 MS = {(r["case"], r["direction"], r["provider"]): r["ms"] for r in KEPT["rows"]}
 SHARE = {
     (r["case"], r["direction"]): r["of_ceiling"] for r in KEPT["rows"] if r["provider"] == "ours"
@@ -59,3 +60,14 @@ def test_what_stands_beside_the_table_is_the_kept_runs_too():
     (floor,) = [row for row in KEPT["rows"] if row["provider"] == "products"]
     assert f"| {floor['ours_ms'] / floor['ms']:.2f} x its three products |" in README
     assert f"backward: {MS['micro_step', 'both', 'ours']:.0f} ms |" in README
+
+
+def test_the_loaders_rate_is_the_kept_runs():
+    kept = json.loads((RESULTS / "loader-xeon.json").read_text())
+    rates = {name: rate / 1e6 for name, rate in kept["tokens_per_second"]["median"].items()}
+    ours, alone = rates["parquet to batch"], max(rates["tiktoken, batch"], rates["tiktoken, numpy"])
+    assert (kept["settings"]["cores"], kept["environment"]["cpu"][-9:]) == (2, "@ 2.50GHz")
+    assert (
+        f"makes {ours:.2f} million tokens a second on two cores of a Xeon at 2.50 GHz, where "
+        f"tiktoken alone makes {alone:.2f} million"
+    ) in " ".join(README.split())
