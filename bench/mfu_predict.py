@@ -10,8 +10,8 @@ A step is what one GPU computes, what sharding adds to it, and an optimizer that
                  exchanges as far as they outlast what runs beside them
 
 Its inputs are measured on one GPU (bench/results) and, for the effective bandwidth and the slowing
-down, on two; it is checked against the measured steps, of which it has seen no whole one but the
-first.
+down, on two; it is checked against the measured steps of more GPUs, each from that of one GPU with
+the same code, and has seen no other whole step.
 Parameters are sharded over s GPUs and replicated r times; every s is tried, the fastest is shown.
 """
 
@@ -35,7 +35,8 @@ BASE = RESULTS / "base-h200.json"
 GPU = "NVIDIA H200"
 
 # Effective bytes a second and GPU of all-gathers (0.56 GB in 2.9 ms) and reduce-scatters (1.12 GB
-# in 5.0 ms) beside the computation, two H200s with NVLink, d20, 2026-11-23 (mfu-h200-2.json).
+# in 5.0 ms) beside the computation, two H200s with NVLink, d20, 2026-11-23: the mfu-h200-2.json of
+# 351f494. Those of the newest pair of cards took 2.8 and 9.1 ms.
 NVLINK = 214e9
 # How much longer forward and backward took there than on one GPU, 3.9 ms, of that communication:
 # FSDP2's copies, and kernels that had fewer multiprocessors.
@@ -103,9 +104,32 @@ class Prediction(NamedTuple):
         return self.compute + self.beside + self.exposed + self.optimizer
 
 
-def measured_points() -> dict[int, dict]:
-    """GPUs -> a d20 run of 32 x 2048 tokens a GPU, from the kept results."""
-    return {run["gpus"]: run for run in _kept(BASE)["runs"]}
+class Point(NamedTuple):
+    """A measured d20 run of 32 x 2048 tokens a GPU."""
+
+    run: dict
+    """As it is kept."""
+    one: dict
+    """That of one GPU with the same code."""
+    newest: bool
+
+    def ratio(self) -> float:
+        """The model's step by the measured one."""
+        gpus, gpu = self.run["gpus"], one_gpu(self.one)
+        guess = predict(gpu, GPTConfig(), 32, 1, gpus, 1, PredictSettings())
+        return 1e3 * guess.step / self.run["step_ms"]
+
+
+def measured_points() -> list[Point]:
+    """The newest runs, and behind them those on more GPUs than had the newest code."""
+    kept = _kept(BASE)
+    points = []
+    for runs, newest in ((kept["runs"], True), (kept["four_gpus"]["runs"], False)):
+        by_gpus = {run["gpus"]: run for run in runs}
+        points += [
+            Point(run, by_gpus[1], newest) for gpus, run in by_gpus.items() if newest or gpus > 1
+        ]
+    return points
 
 
 def _kept(path: Path) -> dict:
@@ -115,10 +139,9 @@ def _kept(path: Path) -> dict:
         raise UserError(f"the prediction needs {path}: {error}") from error
 
 
-def one_gpu() -> OneGpu:
-    """From the kept results of one H200."""
+def one_gpu(run: dict) -> OneGpu:
+    """From a kept run of one H200."""
     job = Job(GPTConfig(), 32, 1, 1, 1)
-    run = measured_points()[1]
     optimizer_ms, newton_schulz_ms = run["optimizer_ms"], run["newton_schulz_ms"]
     compute_ms = run["step_ms"] - optimizer_ms
     return OneGpu(
@@ -136,10 +159,16 @@ def optimizer_bytes(config: GPTConfig) -> float:
 
 
 def predict(
-    config: GPTConfig, batch: int, passes: int, shards: int, replicas: int, at: PredictSettings
+    gpu: OneGpu,
+    config: GPTConfig,
+    batch: int,
+    passes: int,
+    shards: int,
+    replicas: int,
+    at: PredictSettings,
 ) -> Prediction:
     """One step of `passes` micro-steps of `batch` sequences on shards x replicas GPUs."""
-    gpu, counts = one_gpu(), parameter_counts(config)
+    counts = parameter_counts(config)
     parameters, blocks = sum(counts.values()), counts["blocks"]
     network = NETWORK_EFFICIENCY * at.network_gbit / 8 * 1e9
     within, hop = (NVLINK, HOP["node"])
@@ -183,6 +212,7 @@ def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None
         most = at.device_batch_size
         passes = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
         sequences = each // passes
+    gpu = one_gpu(measured_points()[0].one)
     candidates = []
     shards = 1
     while shards <= gpus:
@@ -195,7 +225,8 @@ def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None
                 logits_chunks=CHUNKS,
             ).total
             if need <= USABLE_SHARE * at.gpu_memory_gib * GIB:
-                candidates.append(predict(config, sequences, passes, shards, gpus // shards, at))
+                mesh = shards, gpus // shards
+                candidates.append(predict(gpu, config, sequences, passes, *mesh, at))
         shards *= 2
     return min(candidates, key=lambda p: p.step, default=None)
 
@@ -209,13 +240,18 @@ def _why_none(gpus: int, at: PredictSettings) -> str:
 
 def lines(at: PredictSettings) -> list[str]:
     """The check against what was measured, then the table."""
-    d20, own = GPTConfig(), PredictSettings()
     out = [f"Checked against measured steps of train/base.py, d20, 32 x 2048 tokens, {GPU}:"]
-    for gpus, run in sorted(measured_points().items()):
-        ms = run["step_ms"]
-        guess = 1e3 * predict(d20, 32, 1, gpus, 1, own).step
-        note = "the model's input" if gpus == 1 else f"{guess / ms - 1:+.1%}"
-        out.append(f"  {gpus} GPU(s): measured {ms:.1f} ms, model {guess:.1f} ms ({note})")
+    for point in measured_points():
+        gpus, ms = point.run["gpus"], point.run["step_ms"]
+        note = f"commit {point.run['commit']}"
+        if gpus == 1:
+            note += ", the model's input"
+        elif not point.newest:
+            note += f", older code, whose {point.one['step_ms']:.1f} ms on one GPU are the input"
+        out.append(
+            f"  {gpus} GPU(s): measured {ms:.1f} ms, model {point.ratio() * ms:.1f} ms, "
+            f"{point.ratio():.3f} of it ({note})"
+        )
     config = GPTConfig.from_depth(at.depth, vocab_size=at.vocab_size, sequence_len=at.sequence_len)
     batch = (
         f"{at.total_batch_size:,} tokens a step"

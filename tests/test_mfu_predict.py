@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import mfu_predict
-from bench.mfu_predict import PredictSettings, best, lines, measured_points, predict
+from bench.mfu_predict import PredictSettings, best, lines, measured_points
 from gptfast.errors import UserError
 from gptfast.model import GPTConfig
 
@@ -13,11 +13,27 @@ D20 = GPTConfig()
 
 
 def test_within_3_percent_of_every_measured_step():
+    """Of the newest code on one GPU and on two, and of the newest that ran on four."""
     points = measured_points()
-    assert len(points) > 1
-    for gpus, run in points.items():
-        guess = 1e3 * predict(D20, 32, 1, gpus, 1, PredictSettings()).step
-        assert guess == pytest.approx(run["step_ms"], rel=1e-9 if gpus == 1 else 0.03)
+    assert [(p.run["gpus"], p.newest) for p in points] == [(1, True), (2, True), (4, False)]
+    assert all(p.one["gpus"] == 1 and p.one["commit"] == p.run["commit"] for p in points)
+    one, *more = points
+    assert one.ratio() == pytest.approx(1, rel=1e-9)
+    for point in more:
+        assert point.ratio() == pytest.approx(1, abs=0.03)
+
+
+def test_the_check_is_of_the_newest_runs_and_tells_the_ratio():
+    """And of four GPUs, with older code, from one GPU of that code."""
+    said = lines(PredictSettings())[1:4]
+    assert said[0].endswith(
+        "measured 404.2 ms, model 404.2 ms, 1.000 of it (commit 3d59047, the model's input)"
+    )
+    assert said[1].endswith("measured 399.3 ms, model 400.0 ms, 1.002 of it (commit 3d59047)")
+    assert said[2].endswith(
+        "measured 419.9 ms, model 410.3 ms, 0.977 of it (commit 65bba56, older code, whose "
+        "424.4 ms on one GPU are the input)"
+    )
 
 
 def test_8_to_1024_gpus_each_with_a_mesh_of_that_many():

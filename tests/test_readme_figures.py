@@ -1,4 +1,4 @@
-"""README's table of kernels, and its loader's rate, are those of the kept runs, digit for digit."""
+"""README's figures of d20's step, kernels and loader are the kept runs', digit for digit."""
 
 import json
 import re
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.mfu_predict import measured_points
 from bench.providers import RIVALS
+from gptfast import hardware
+from gptfast.model import GPTConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +40,21 @@ def by_ours(case: str, direction: str, *rivals: str) -> str:
     """The fastest rival's time by ours, as README writes it."""
     times = [MS[case, direction, name] for name in rivals if MS.get((case, direction, name))]
     return f"{min(times) / MS[case, direction, 'ours']:.2f} x"
+
+
+@pytest.mark.parametrize("point", measured_points(), ids=lambda point: f"{point.run['gpus']}-GPUs")
+def test_a_step_is_the_newest_kept_runs(point):
+    run, bold = point.run, "**" if point.newest else ""
+    each = run["tokens_per_second_per_gpu"]
+    share = hardware.mfu(each * flops_per_token(GPTConfig()), hardware.REPORT_PEAK_FLOPS)
+    rate, mfu = (f"{bold}{figure}{bold}" for figure in (f"{each:,}", f"{100 * share:.1f} %"))
+    rest = f"{run['peak_memory_gib']} GiB | {run['step_0_seconds']} s |"
+    assert f"| {run['gpus']} x H200 | {rate} | {mfu} | {rest}\n" in README
+
+
+def test_the_predictions_check_is_what_it_says():
+    two, four = (f"{point.ratio():.3f}" for point in measured_points()[1:])
+    assert f"its steps of two and four are {two} and {four} of" in " ".join(README.split())
 
 
 @pytest.mark.parametrize("label", TABLE)
