@@ -17,11 +17,12 @@ Parameters are sharded over s GPUs and replicated r times; every s is tried, the
 
 import json
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, inf, log2
 from pathlib import Path
 from typing import NamedTuple
 
 from gptfast import hardware
+from gptfast.config import at_least_one
 from gptfast.errors import UserError
 from gptfast.ledger.costs import newton_schulz_flops
 from gptfast.ledger.job import Job
@@ -63,9 +64,10 @@ class PredictSettings:
     gpu_memory_gib: float = 139.0
 
     def __post_init__(self) -> None:
-        for name in ("depth", "device_batch_size", "node_gpus", "network_gbit", "sequence_len"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        at_least_one(self, "depth", "device_batch_size", "sequence_len", "vocab_size", "node_gpus")
+        for name in ("network_gbit", "gpu_memory_gib"):
+            if not 0 < getattr(self, name) < inf:
+                raise UserError(f"{name} must be a number above 0, got {getattr(self, name)}")
         total, one = self.total_batch_size, self.sequence_len
         if total is not None and (total < one or total % one):
             below = total // one * one

@@ -1,6 +1,7 @@
 """The model of step time: near what was measured, sane where nothing was."""
 
 import json
+import math
 
 import pytest
 
@@ -95,5 +96,10 @@ def test_predictions_are_labelled_and_the_check_comes_first(tmp_path, monkeypatc
     monkeypatch.setattr(mfu_predict, "BASE", bad)
     with pytest.raises(UserError, match="the prediction needs"):
         lines(PredictSettings())
-    with pytest.raises(UserError, match="network_gbit must be above 0"):
-        PredictSettings(network_gbit=0.0)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 0.0, -400.0])
+@pytest.mark.parametrize("name", ["network_gbit", "gpu_memory_gib"])
+def test_a_quantity_that_is_none_is_refused(name, number):
+    with pytest.raises(UserError, match=f"{name} must be a number above 0, got {number}"):
+        PredictSettings(**{name: number})
