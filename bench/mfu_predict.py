@@ -12,7 +12,7 @@ A step is what one GPU computes, what sharding adds to it, and an optimizer that
 Its inputs are measured on one GPU (bench/results) and, for the effective bandwidth and the slowing
 down, on two; it is checked against the measured steps of more GPUs, each from that of one GPU with
 the same code, and has seen no other whole step.
-Parameters are sharded over s GPUs and replicated r times; every s is tried, the fastest is shown.
+The mesh is the one that train/base.py makes: sharded within a node, replicated between nodes.
 """
 
 import json
@@ -52,7 +52,7 @@ HOP = {"node": 4e-6, "network": 12e-6}
 class PredictSettings:
     depth: int = 20
     device_batch_size: int = 32
-    """Sequences of one GPU and micro-step."""
+    """Sequences of one GPU and micro-step; with total_batch_size, at most."""
     total_batch_size: int | None = None
     """Tokens of a step, the same for all GPU counts; by default one micro-step a GPU."""
     sequence_len: int = 2048
@@ -169,21 +169,17 @@ def predict(
     replicas: int,
     at: PredictSettings,
 ) -> Prediction:
-    """One step of `passes` micro-steps of `batch` sequences on shards x replicas GPUs."""
+    """A step of `passes` micro-steps of `batch` sequences on `replicas` nodes of `shards` GPUs."""
     counts = parameter_counts(config)
     parameters, blocks = sum(counts.values()), counts["blocks"]
     network = NETWORK_EFFICIENCY * at.network_gbit / 8 * 1e9
-    within, hop = (NVLINK, HOP["node"])
-    if shards > at.node_gpus:
-        within, hop = min(NVLINK, network), HOP["network"]
-    one_node = shards * replicas <= at.node_gpus
-    blocks_a_unit = blocks_per_unit(1 if one_node else 2, reshard_after_forward=False)
-    units = ceil(config.n_layer / blocks_a_unit) + 2
+    units = ceil(config.n_layer / blocks_per_unit(replicas, reshard_after_forward=False)) + 2
     others, copies = (shards - 1) / shards, (replicas - 1) / replicas
 
     compute = passes * batch * config.sequence_len * flops_per_token(config) / gpu.flops
-    gather = 2 * parameters * others / within + units * (shards - 1) * hop
-    reduce = 4 * parameters * others / within + units * (shards - 1) * hop
+    hops = units * (shards - 1) * HOP["node"]
+    gather = 2 * parameters * others / NVLINK + hops
+    reduce = 4 * parameters * others / NVLINK + hops
     # Replicas add up their shards' gradients, each unit as it comes, along a tree and back.
     average = 2 * 4 * parameters / shards * copies / network
     average += units * 2 * ceil(log2(replicas)) * HOP["network"]
@@ -196,48 +192,40 @@ def predict(
     job = Job(config, batch, passes, shards * replicas, shards)
     work = newton_schulz_flops(job) / gpu.newton_schulz
     work += optimizer_bytes(config) / shards / gpu.optimizer_bytes
-    swap = 2 * 2 * blocks / (shards * replicas) * others / within
+    swap = 2 * 2 * blocks / (shards * replicas) * others / NVLINK
     swap += 2 * blocks / shards * copies / network
     # Two groups of shapes take turns: half of an exchange always runs beside the other's products.
     optimizer = work + max(swap / 2, swap - work)
     return Prediction(shards, replicas, passes, batch, compute, beside, exposed, optimizer)
 
 
-def best(config: GPTConfig, gpus: int, at: PredictSettings) -> Prediction | None:
-    """The fastest mesh whose memory should suffice; None if there is none, or if the GPUs cannot
-    share a step's sequences equally."""
-    sequences, passes = at.device_batch_size, 1
+def on_gpus(gpus: int, config: GPTConfig, at: PredictSettings) -> Prediction:
+    """The step on so many GPUs. UserError where they cannot share its sequences equally, or where
+    it should not fit their memory."""
+    batch, passes = at.device_batch_size, 1
     if at.total_batch_size is not None:
-        each, rest = divmod(at.total_batch_size // at.sequence_len, gpus)
+        sequences = at.total_batch_size // at.sequence_len
+        each, rest = divmod(sequences, gpus)
         if rest:
-            return None
-        most = at.device_batch_size
-        passes = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
-        sequences = each // passes
+            raise UserError(f"{sequences:,} sequences a step cannot be shared equally by so many")
+        passes = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= batch)
+        batch = each // passes
+    # As few nodes as can be, each with as many of the GPUs.
+    shards = max(n for n in range(1, at.node_gpus + 1) if gpus % n == 0)
+    need = estimate_memory(
+        config,
+        device_batch_size=batch,
+        shards=shards,
+        accumulates=passes > 1,
+        logits_chunks=CHUNKS,
+    )
+    if need.total > USABLE_SHARE * at.gpu_memory_gib * GIB:
+        raise UserError(
+            f"{passes} x {batch} sequences a GPU take {need.total / GIB:.1f} of "
+            f"{at.gpu_memory_gib:g} GiB, {USABLE_SHARE:.0%} can be planned with"
+        )
     gpu = one_gpu(measured_points()[0].one)
-    candidates = []
-    shards = 1
-    while shards <= gpus:
-        if gpus % shards == 0:
-            need = estimate_memory(
-                config,
-                device_batch_size=sequences,
-                shards=shards,
-                accumulates=passes > 1,
-                logits_chunks=CHUNKS,
-            ).total
-            if need <= USABLE_SHARE * at.gpu_memory_gib * GIB:
-                mesh = shards, gpus // shards
-                candidates.append(predict(gpu, config, sequences, passes, *mesh, at))
-        shards *= 2
-    return min(candidates, key=lambda p: p.step, default=None)
-
-
-def _why_none(gpus: int, at: PredictSettings) -> str:
-    sequences = (at.total_batch_size or 0) // at.sequence_len
-    if sequences % gpus:
-        return f"{sequences:,} sequences a step cannot be shared equally by so many"
-    return "no mesh's memory fits this batch"
+    return predict(gpu, config, batch, passes, shards, gpus // shards, at)
 
 
 def lines(at: PredictSettings) -> list[str]:
@@ -271,9 +259,10 @@ def lines(at: PredictSettings) -> list[str]:
     assert own is not None, "a GPU of hardware's table"
     gpus = 8
     while gpus <= 1024:
-        found = best(config, gpus, at)
-        if found is None:
-            out.append(f"{gpus:>5}  {_why_none(gpus, at)}")
+        try:
+            found = on_gpus(gpus, config, at)
+        except UserError as error:
+            out.append(f"{gpus:>5}  {error}")
         else:
             per_gpu = found.passes * found.batch * config.sequence_len / found.step
             mfu = hardware.mfu(per_gpu * flops_per_token(config), own.bf16_flops)
@@ -287,8 +276,8 @@ def lines(at: PredictSettings) -> list[str]:
         gpus *= 2
     out += [
         "",
-        "train/base.py shards within a node and replicates between nodes. Assumed, not measured: "
-        f"collectives reach {NETWORK_EFFICIENCY:.0%} of the network, hops take "
+        "Sharded within a node, replicated between nodes, as train/base.py does it. Assumed, not "
+        f"measured: collectives reach {NETWORK_EFFICIENCY:.0%} of the network, hops take "
         f"{1e6 * HOP['node']:.0f} and {1e6 * HOP['network']:.0f} microseconds, no GPU waits for a "
         "slower one, and a smaller batch of a GPU costs no efficiency.",
     ]

@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from bench import mfu_predict
-from bench.mfu_predict import PredictSettings, best, lines, measured_points
+from bench.mfu_predict import PredictSettings, lines, measured_points, on_gpus
 from gptfast.errors import UserError
 from gptfast.model import GPTConfig
 
@@ -41,34 +42,47 @@ def test_8_to_1024_gpus_each_with_a_mesh_of_that_many():
     at = PredictSettings()
     steps = []
     for power in range(3, 11):
-        found = best(D20, 2**power, at)
+        found = on_gpus(2**power, D20, at)
         assert found.shards * found.replicas == 2**power
         steps.append(found.step)
     # The same tokens a GPU: more GPUs never make a step shorter by more than the optimizer's part.
     assert max(steps) < 1.1 * min(steps)
 
 
-def test_a_slow_network_costs_and_replicates_more():
-    fast, slow = (best(D20, 64, PredictSettings(network_gbit=gbit)) for gbit in (400.0, 25.0))
+@pytest.mark.parametrize("gbit", [1.0, 400.0, 1e6])
+def test_the_mesh_is_the_one_that_training_makes(gbit):
+    """As few nodes of one size as can be, sharded each, whatever the network's speed."""
+    for node_gpus, meshes in {
+        8: {8: (8, 1), 16: (8, 2), 1024: (8, 128)},
+        4: {8: (4, 2), 64: (4, 16)},
+        6: {8: (4, 2), 24: (6, 4)},
+        72: {64: (64, 1), 128: (64, 2)},
+    }.items():
+        at = PredictSettings(network_gbit=gbit, node_gpus=node_gpus)
+        found = {gpus: on_gpus(gpus, D20, at) for gpus in meshes}
+        assert {n: (p.shards, p.replicas) for n, p in found.items()} == meshes
+
+
+def test_a_slow_network_costs():
+    fast, slow = (on_gpus(64, D20, PredictSettings(network_gbit=gbit)) for gbit in (400.0, 25.0))
     assert slow.step > 1.2 * fast.step
-    assert slow.shards <= PredictSettings().node_gpus
 
 
 def test_a_fixed_batch_is_split_until_a_gpu_has_no_sequence_left():
     at = PredictSettings(total_batch_size=524_288)
-    assert [best(D20, gpus, at).batch for gpus in (8, 64, 256)] == [32, 4, 1]
-    assert best(D20, 4, at).passes == 2
-    assert best(D20, 512, at) is None
+    assert [on_gpus(gpus, D20, at).batch for gpus in (8, 64, 256)] == [32, 4, 1]
+    assert on_gpus(4, D20, at).passes == 2
+    with pytest.raises(UserError, match="256 sequences a step cannot be shared"):
+        on_gpus(512, D20, at)
 
 
 def test_no_sequence_of_a_batch_is_dropped():
     """37 sequences of each of 8 GPUs are 37 passes, as no fewer that fit share them equally."""
-    found = best(D20, 8, PredictSettings(total_batch_size=8 * 37 * 2048))
+    found = on_gpus(8, D20, PredictSettings(total_batch_size=8 * 37 * 2048))
     assert (found.passes, found.batch) == (37, 1)
-    found = best(D20, 8, PredictSettings(total_batch_size=8 * 36 * 2048))
+    found = on_gpus(8, D20, PredictSettings(total_batch_size=8 * 36 * 2048))
     assert (found.passes, found.batch) == (2, 18)
     at = PredictSettings(total_batch_size=8 * 37 * 2048)
-    assert best(D20, 16, at) is None
     row = next(line for line in lines(at) if line.startswith("   16"))
     assert row.endswith("296 sequences a step cannot be shared equally by so many")
     for total, near in ((1_000_000, "999,424 or 1,001,472"), (5, "2,048"), (0, "2,048")):
@@ -76,11 +90,13 @@ def test_no_sequence_of_a_batch_is_dropped():
             PredictSettings(total_batch_size=total)
 
 
-def test_a_model_that_fits_only_sharded_is_sharded():
+def test_what_does_not_fit_the_memory_of_a_node_is_told_with_the_numbers():
+    d32 = GPTConfig.from_depth(32, vocab_size=65536)
     at = PredictSettings(device_batch_size=2, gpu_memory_gib=22.0)
-    found = best(GPTConfig.from_depth(32, vocab_size=65536), 64, at)
-    assert found.shards > 1
-    assert best(GPTConfig.from_depth(64, vocab_size=65536), 8, at) is None
+    assert on_gpus(64, d32, at).shards == 8
+    for node_gpus, need in ((1, "32.5"), (2, "21.5")):
+        with pytest.raises(UserError, match=f"1 x 2 sequences a GPU take {need} of 22 GiB, 92%"):
+            on_gpus(64, d32, replace(at, node_gpus=node_gpus))
 
 
 def test_predictions_are_labelled_and_the_check_comes_first(tmp_path, monkeypatch):
