@@ -30,7 +30,7 @@ import tyro
 from gptfast.config import DEFAULT_CACHE
 from gptfast.data import BatchLoader, RowGroup, iter_texts, prepare_corpus
 from gptfast.machine import describe_machine
-from gptfast.run import exit_code, timestamp, write_json
+from gptfast.run import exit_code, prepare_to_write, timestamp, write_json
 from gptfast.tokenizer import Tokenizer
 from gptfast.tokenizer.evaluation import load_encoding
 
@@ -74,6 +74,8 @@ def main() -> None:
 
 def measure(settings: Settings) -> None:
     """Print the table and, last, the JSON; write that, if it is asked for."""
+    if settings.out is not None:
+        prepare_to_write(settings.out)
     if settings.tokenizer is not None:
         tokenizer = Tokenizer.load(settings.tokenizer)
     else:

@@ -27,7 +27,7 @@ from gptfast.errors import UserError
 from gptfast.ledger import compare, read_json, write
 from gptfast.memory import GIB, USABLE_SHARE, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig
-from gptfast.run import exit_code
+from gptfast.run import exit_code, prepare_to_write
 from kernels.cross_entropy import CHUNKS
 
 
@@ -84,7 +84,11 @@ def measure_here() -> None:
 def measure(settings: MfuSettings, world: parallel.World, say: Callable[[str], None]) -> None:
     """Train, time and profile; say and write what was found, as far as it was found."""
     say(hardware.describe(world.device))
-    session, chosen = Session(settings, world, say), settings.measure
+    chosen = settings.measure
+    with world.node_leader_first():
+        if world.is_main:
+            prepare_to_write(chosen.out)
+    session = Session(settings, world, say)
     try:
         ledger, figures = session.train()
         stages = [session.parts] * chosen.parts + [session.sharding_cost] * chosen.sharding_cost

@@ -34,7 +34,7 @@ from gptfast.engine.generation import Request
 from gptfast.engine.sampling import Sampling
 from gptfast.evaluate.loading import Placement, find_checkpoint, random_model
 from gptfast.model import GPTConfig
-from gptfast.run import exit_code, find_run
+from gptfast.run import exit_code, find_run, prepare_to_write
 from gptfast.serve.app import create_app
 from gptfast.serve.pool import FAILED, READY, Pool
 from gptfast.serve.server import Server, listen, url
@@ -73,6 +73,8 @@ class Settings:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
+    if settings.out:
+        prepare_to_write(settings.out)
     result = measure(settings)
     print("\n".join(table(result)))
     if settings.out:

@@ -43,7 +43,7 @@ from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
 from gptfast.plan import Plan
-from gptfast.run import environment, exit_code, write_json
+from gptfast.run import environment, exit_code, prepare_to_write, write_json
 from gptfast.tokenizer import Tokenizer
 
 # Rows of one pass of the reference (nanochat d6d86cb, scripts/chat_sft.py).
@@ -245,6 +245,8 @@ def main() -> None:
 def bench(settings: SFTBenchSettings, world: World) -> dict:
     """Measure both ways, print the table and the JSON; the latter is returned."""
     measure, model = settings.measure, settings.model
+    if measure.out is not None:
+        prepare_to_write(measure.out)
     tokens, vocab_size = conversations_of(settings)
     config = GPTConfig.from_depth(
         model.depth, vocab_size=vocab_size, sequence_len=model.sequence_len

@@ -200,6 +200,20 @@ def resume_command(folder: Path) -> str:
     return shlex.join([*launcher(), *arguments, "--resume"])
 
 
+def prepare_to_write(path: Path) -> None:
+    """Make the folder of a file that is written at the end. UserError if it could not be, now."""
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        with path.open("a"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Readable JSON: see `plain`; paths as strings. What was there is replaced whole."""
     text = json.dumps(plain(value), indent=2, default=str, allow_nan=False)

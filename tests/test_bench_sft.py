@@ -105,11 +105,16 @@ def test_the_loaders_rates_are_written(tmp_path, monkeypatch, capsys):
             "error: no dataset /nope: it is neither fineweb-edu nor embedded",
         ),
         ("loader --encoding nope", "error: tiktoken has no encoding 'nope': choose one of gpt2, "),
+        # Before anything is measured, and with a folder made where there could be one.
+        *(
+            (f"{name} --out {{tokenizer}}/no_folder/out.json", "error: --out /")
+            for name in ("loader", "mfu", "serve", "sft")
+        ),
     ],
-    ids=["sft", "loader's data", "loader's encoding"],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, command, words):
     BYTES.save(tmp_path)
+    (tmp_path / "no_folder").touch()
     name, *arguments = command.format(tokenizer=tmp_path).split()
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit, match="2"):
@@ -117,3 +122,4 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, command, words):
     captured = capsys.readouterr()
     assert captured.err.startswith(words)
     assert captured.err.count("\n") == 1
+    assert "--out" not in command or captured.err.endswith("cannot be written: Not a directory\n")

@@ -16,7 +16,14 @@ import pytest
 from gptfast import parallel
 from gptfast.errors import UserError
 from gptfast.plan import Summary
-from gptfast.run import find_run, open_run_folder, resume_command, write_json, write_start
+from gptfast.run import (
+    find_run,
+    open_run_folder,
+    prepare_to_write,
+    resume_command,
+    write_json,
+    write_start,
+)
 
 
 def make_run(folder: Path, *steps: int, written: float = 0.0) -> Path:
@@ -174,6 +181,19 @@ def test_the_command_that_continues_starts_as_many_processes_on_as_many_nodes(
     monkeypatch.setattr(sys, "argv", ["train/base.py", "--depth", "4"])
     command = resume_command(Path("my runs/d4"))
     assert command == f"{start} train/base.py --depth 4 --out 'my runs/d4' --resume"
+
+
+def test_a_file_is_known_to_be_writable_before_there_is_anything_to_write(tmp_path):
+    new, old = tmp_path / "made" / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    for path in (new, old):
+        prepare_to_write(path)
+    assert new.parent.is_dir()
+    assert not new.exists()
+    assert old.read_text() == "kept"
+    for path, why in ((old / "under.json", "Not a directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=f"--out {path} cannot be written: {why}"):
+            prepare_to_write(path)
 
 
 def test_what_is_no_number_is_null_in_a_runs_files(tmp_path):
