@@ -1,6 +1,8 @@
 """The ledger of a run: taken on CPU through the same code, kept as JSON, compared with another."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from gptfast import optim
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
-from gptfast.ledger import Job, StepProfiler, build, compare, parse_steps, read_json, write
+from gptfast.ledger import (
+    Job,
+    StepProfiler,
+    build,
+    compare,
+    parse_steps,
+    read_json,
+    to_json,
+    write,
+)
 from gptfast.ledger import profiler as profiler_module
 from gptfast.ledger.kinds import PRODUCTS
 from gptfast.ledger.trace import STEP, load_trace, stretch
@@ -117,6 +128,48 @@ def test_json_survives_and_foreign_files_are_refused(ledger, tmp_path):
         read_json(bad)
     with pytest.raises(UserError, match="cannot read"):
         read_json(tmp_path / "nowhere.json")
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "told"),
+    [
+        ("rows", MISSING, "rows is missing"),
+        ("rows", [], "0 rows and 70.0 ms are no step"),
+        ("rows", {}, "rows is an object of 0, not a list"),
+        ("rows 3", 7, "rows[3] is 7, not an object"),
+        ("rows 3 ms", "12", "rows[3].ms is '12', not a finite number"),
+        ("rows 3 ms", math.nan, "rows[3].ms is nan, not a finite number"),
+        ("rows 3 ms", True, "rows[3].ms is True, not a finite number"),
+        ("rows 3 name", None, "rows[3].name is None, not text"),
+        ("rows 3 kernels 0", ["nvjet", 1.0], "rows[3].kernels[0] is a list of 2, not one of 3"),
+        ("step_ms", "398", "step_ms is '398', not a finite number"),
+        ("unprofiled_step_ms", "398", "unprofiled_step_ms is '398', not a finite number"),
+        ("unprofiled_step_ms", -1.0, "-1.0 ms are no step"),
+        ("job processes", 0, "job.processes is 0, not a whole number of at least 1"),
+        ("job config n_embd", 1281, "job.config: n_embd 1281 over n_head 10"),
+        ("job config", MISSING, "job.config is missing"),
+        ("ceilings copy", [], "ceilings.copy is a list of 0, not a finite number"),
+        ("parts", None, "parts is None, not an object"),
+    ],
+)
+def test_a_damaged_ledger_is_told_by_field_and_file(ledger, tmp_path, where, value, told):
+    kept = json.loads(json.dumps(to_json(ledger)))
+    *path, last = (int(key) if key.isdecimal() else key for key in where.split())
+    inside = kept
+    for key in path:
+        inside = inside[key]
+    if value is MISSING:
+        del inside[last]
+    else:
+        inside[last] = value
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        read_json(bad)
+    assert str(error.value).startswith(f"{bad} is no ledger")
 
 
 def slower(ledger, name: str, by_ms: float):

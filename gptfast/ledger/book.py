@@ -1,14 +1,11 @@
-"""The ledger of a step: rows that add up to it, what they cost, as table and as JSON."""
+"""The ledger of a step: rows that add up to it, and what they cost."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gptfast import hardware
-from gptfast.errors import UserError
 from gptfast.ledger.costs import Ceilings, floor_ms, known_costs
 from gptfast.ledger.job import Job
 from gptfast.ledger.kinds import (
@@ -25,10 +22,7 @@ from gptfast.ledger.kinds import (
     kind,
 )
 from gptfast.ledger.trace import Event, Stretch
-from gptfast.model import GPTConfig
 
-FORMAT = "gptfast ledger 1"
-FORMULA = "6 x (blocks + head) + 12 L H D T FLOPs a token (full square, no recomputation)"
 HOST_LATE = "host late: nothing launched"
 WAITING = "launched, but waiting: latency, dependencies"
 BETWEEN_OPERATORS = "Python between operators"
@@ -262,61 +256,3 @@ def waterfall(ledger: Ledger) -> list[tuple[str, float]]:
         elapsed += ledger.total(*groups)
         stages.append((name, 100 * ideal / elapsed))
     return stages
-
-
-def to_json(ledger: Ledger) -> dict:
-    job = ledger.job
-    return {
-        "format": FORMAT,
-        "formula": FORMULA,
-        "device": ledger.device,
-        "job": {**job._asdict(), "config": job.config.to_dict()},
-        "settings": ledger.settings,
-        "environment": ledger.environment,
-        "ceilings": asdict(ledger.ceilings) if ledger.ceilings else None,
-        "steps": ledger.steps,
-        "step_ms": ledger.step_ms,
-        "unprofiled_step_ms": ledger.unprofiled_step_ms,
-        "tokens_per_second_per_gpu": ledger.tokens_per_second,
-        "flops_per_second": ledger.flops_per_second(),
-        "mfu_report": hardware.mfu(ledger.flops_per_second(), hardware.REPORT_PEAK_FLOPS)
-        if ledger.own_peak
-        else None,
-        "mfu_own_peak": ledger.mfu(),
-        "checks": checks(ledger),
-        "parts": ledger.parts,
-        "rows": [asdict(row) for row in ledger.rows],
-    }
-
-
-def read_json(path: Path) -> Ledger:
-    """A kept ledger. UserError for what is none, or was cut off."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["format"] != FORMAT or kept["formula"] != FORMULA:
-            raise UserError(
-                f"{path} is a ledger of another kind: {kept['format']!r} with {kept['formula']!r}, "
-                f"this program writes {FORMAT!r} with {FORMULA!r}"
-            )
-        job = Job(**kept["job"] | {"config": GPTConfig(**kept["job"]["config"])})
-        return Ledger(
-            job=job,
-            device=kept["device"],
-            rows=tuple(
-                Row(**row | {"kernels": tuple(map(tuple, row["kernels"]))}) for row in kept["rows"]
-            ),
-            step_ms=float(kept["step_ms"]),
-            steps=int(kept["steps"]),
-            unprofiled_step_ms=kept["unprofiled_step_ms"],
-            ceilings=Ceilings(**kept["ceilings"]) if kept["ceilings"] else None,
-            settings=kept["settings"],
-            environment=kept["environment"],
-            parts=kept["parts"],
-        )
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no ledger of `python -m bench.mfu --out`, or it is cut off: "
-            f"{type(error).__name__}: {error}"
-        ) from error

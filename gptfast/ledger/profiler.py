@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gptfast.clock import Moment, median_ms, now
 from gptfast.errors import UserError
-from gptfast.ledger.book import Ledger, build, to_json
+from gptfast.ledger.book import Ledger, build
 from gptfast.ledger.costs import measure_ceilings
 from gptfast.ledger.job import Job
+from gptfast.ledger.kept import to_json
 from gptfast.ledger.text import draw, table
 from gptfast.ledger.trace import STEP, load_trace, stretch
 
