@@ -22,11 +22,13 @@ from gptfast.ledger import (
     compare,
     parse_steps,
     read_json,
+    table,
     to_json,
     write,
 )
 from gptfast.ledger import profiler as profiler_module
-from gptfast.ledger.kinds import PRODUCTS
+from gptfast.ledger.book import Row
+from gptfast.ledger.kinds import ELSE, PRODUCTS
 from gptfast.ledger.trace import STEP, load_trace, stretch
 from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import build_optimizer
@@ -170,6 +172,23 @@ def test_a_damaged_ledger_is_told_by_field_and_file(ledger, tmp_path, where, val
     with pytest.raises(UserError, match=re.escape(told)) as error:
         read_json(bad)
     assert str(error.value).startswith(f"{bad} is no ledger")
+
+
+def test_no_label_is_cut_and_columns_stay_in_line(ledger):
+    """PyTorch's kernels differ behind dozens of characters alike."""
+    names = [f"void at::native::unrolled_elementwise_kernel<{x}>" for x in ("Add", "Mul")]
+    more = replace(ledger, rows=(*ledger.rows, *(Row(ELSE, name, ms=9.0) for name in names)))
+    for lines, column, before in (
+        (table(more), " ms ", "  "),
+        (compare(ledger, more, 0.02)[0], " now ", f"{ELSE}: "),
+    ):
+        told = [line for line in lines if "unrolled_elementwise" in line]
+        assert [line[: len(before + name)] for line, name in zip(told, names, strict=True)] == [
+            before + name for name in names
+        ]
+        end = next(line.index(column) for line in lines if column in line) + len(column) - 1
+        assert {line[:end].split()[-1] for line in told} == {"9.00"}
+        assert {line[end] for line in told} == {" "}
 
 
 def slower(ledger, name: str, by_ms: float):

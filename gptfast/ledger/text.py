@@ -11,7 +11,8 @@ from gptfast.ledger.kinds import COMMUNICATION
 from gptfast.memory import GIB
 from gptfast.model import flops_per_token
 
-# Rows below this share of the step are one line a group in the table; the JSON has them all.
+# Rows below this share of the step are one line a group in the table, and changes below it none;
+# the JSON has all.
 _SHOWN_SHARE = 0.0005
 # What a step's speed depends on besides its work.
 _SHOWN_SETTINGS = (
@@ -22,25 +23,30 @@ _SHOWN_SETTINGS = (
     "deterministic",
     "data",
 )
-_HEAD = (
-    f"{'':<46}{'ms':>9}{'share':>8}{'beside':>9}{'work':>14}{'rate':>13}{'of ceiling':>11}"
-    f"{'floor':>9}{'points':>8}"
+_COLUMNS = (
+    f"{'ms':>9}{'share':>8}{'beside':>9}{'work':>14}{'rate':>13}{'of ceiling':>11}{'floor':>9}"
+    f"{'points':>8}"
 )
+# The least width of what stands before the columns: no label is cut, so that no two look the same.
+_LABEL = 46
+_COMPARED_LABEL = 60
 
 
 def table(ledger: Ledger) -> list[str]:
     """Header, a line a row in groups, the sum, and what remains to be explained."""
-    lines = [*header(ledger), "", _HEAD]
+    lines: list[tuple[str, Row]] = []
     for group, members in groupby(ledger.rows, key=lambda row: row.group):
         rows = list(members)
-        lines.append(_line(ledger, _summed(group, rows), group))
+        lines.append((group, _summed(group, rows)))
         shown = [row for row in rows if row.ms + row.hidden_ms >= _SHOWN_SHARE * ledger.step_ms]
-        lines += [_line(ledger, row, f"  {row.name}") for row in shown]
+        lines += [(f"  {row.name}", row) for row in shown]
         small = [row for row in rows if row not in shown]
         if small and shown and sum(row.ms for row in small) > 0:
-            lines.append(_line(ledger, _summed(group, small), f"  {len(small)} smaller"))
-    lines.append(_line(ledger, _summed("", list(ledger.rows)), "step"))
-    return [*lines, "", *footer(ledger)]
+            lines.append((f"  {len(small)} smaller", _summed(group, small)))
+    lines.append(("step", _summed("", list(ledger.rows))))
+    width = max(_LABEL, *(len(label) + 1 for label, _ in lines))
+    told = [f"{label:<{width}}{_columns(ledger, row)}".rstrip() for label, row in lines]
+    return [*header(ledger), "", f"{'':<{width}}{_COLUMNS}", *told, "", *footer(ledger)]
 
 
 def _summed(group: str, rows: list[Row]) -> Row:
@@ -53,7 +59,7 @@ def _summed(group: str, rows: list[Row]) -> Row:
     )
 
 
-def _line(ledger: Ledger, row: Row, label: str) -> str:
+def _columns(ledger: Ledger, row: Row) -> str:
     work = rate = share = ""
     busy_s = (row.ms + row.hidden_ms) / 1e3
     if row.flops and busy_s:
@@ -68,10 +74,10 @@ def _line(ledger: Ledger, row: Row, label: str) -> str:
     beside = f"{row.hidden_ms:.2f}" if row.hidden_ms >= 0.005 else ""
     floor = f"{row.floor_ms:.2f}" if ledger.ceilings else ""
     return (
-        f"{label[:45]:<46}{row.ms:>9.2f}{row.ms / ledger.step_ms:>8.1%}{beside:>9}{work:>14}"
+        f"{row.ms:>9.2f}{row.ms / ledger.step_ms:>8.1%}{beside:>9}{work:>14}"
         f"{rate:>13}{share:>11}{floor:>9}"
         f"{'' if points is None or not ledger.ceilings else format(points, '.2f'):>8}"
-    ).rstrip()
+    )
 
 
 def _unit(value: float, unit: str) -> str:
@@ -230,19 +236,19 @@ def compare(before: Ledger, after: Ledger, max_loss: float) -> tuple[list[str], 
     # MFU is work by time: a row's part in the change of 1 / time is linear in its milliseconds.
     mfu = before.profiled_mfu()
     per_ms = -100 * mfu / after.step_ms if mfu else 0.0
-    lines.append(f"{'':<60}{'before':>9}{'now':>9}{'change':>9}" + (f"{'points':>8}" * bool(mfu)))
-    for key, change in sorted(changes.items(), key=lambda item: -abs(item[1])):
-        if abs(change) < 0.0005 * before.step_ms:
-            continue
-        lines.append(
-            f"{': '.join(key)[:59]:<60}{old.get(key, 0.0):>9.2f}{new.get(key, 0.0):>9.2f}"
-            f"{change:>+9.2f}" + (f"{per_ms * change:>+8.2f}" if mfu else "")
-        )
-    lines.append(
-        f"{'profiled step':<60}{before.step_ms:>9.2f}{after.step_ms:>9.2f}"
-        f"{after.step_ms - before.step_ms:>+9.2f}"
-        + (f"{per_ms * (after.step_ms - before.step_ms):>+8.2f}" if mfu else "")
-    )
+    compared = [
+        (": ".join(key), old.get(key, 0.0), new.get(key, 0.0))
+        for key, change in sorted(changes.items(), key=lambda item: -abs(item[1]))
+        if abs(change) >= _SHOWN_SHARE * before.step_ms
+    ]
+    compared.append(("profiled step", before.step_ms, after.step_ms))
+    width = max(_COMPARED_LABEL, *(len(label) + 1 for label, _, _ in compared))
+    head = f"{'':<{width}}{'before':>9}{'now':>9}{'change':>9}"
+    lines.append(head + f"{'points':>8}" * bool(mfu))
+    for label, then_ms, now_ms in compared:
+        change = now_ms - then_ms
+        points = f"{per_ms * change:>+8.2f}" if mfu else ""
+        lines.append(f"{label:<{width}}{then_ms:>9.2f}{now_ms:>9.2f}{change:>+9.2f}{points}")
     verdict = "slower" if lost > 0 else "faster"
     lines.append(
         f"step {a:.2f} -> {b:.2f} ms: {abs(lost):.1%} {verdict}; {max_loss:.1%} slower is allowed"
