@@ -23,6 +23,7 @@ import tyro
 from bench import mfu_predict
 from bench.mfu_step import MfuSettings, Session, preset
 from gptfast import hardware, parallel
+from gptfast.config import not_negative
 from gptfast.errors import UserError
 from gptfast.ledger import compare, read_json, write
 from gptfast.memory import GIB, USABLE_SHARE, estimate_memory, largest_device_batch
@@ -40,15 +41,18 @@ class CompareSettings:
     max_loss: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.02
     """Exit with code 1 if the step got slower by more than this share."""
 
+    def __post_init__(self) -> None:
+        not_negative(self, "max_loss")
+
 
 def main() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "compare":
-        asked = tyro.cli(CompareSettings, args=sys.argv[2:], prog="bench.mfu compare")
         slower = False
 
         def run() -> None:
             nonlocal slower
+            asked = tyro.cli(CompareSettings, args=sys.argv[2:], prog="bench.mfu compare")
             lines, slower = compare(read_json(asked.before), read_json(asked.after), asked.max_loss)
             print("\n".join(lines))
 

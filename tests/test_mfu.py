@@ -115,6 +115,9 @@ def test_compare_exits_1_beyond_the_threshold(measured, tmp_path, monkeypatch, c
     assert run(monkeypatch, "compare", out, slower) == 1
     assert f"{slow['rows'][0]['name']}" in capsys.readouterr().out
     assert run(monkeypatch, "compare", out, slower, "--max-loss", "0.6") == 0
+    for wrong in ("nan", "-0.1"):
+        assert run(monkeypatch, "compare", out, slower, "--max-loss", wrong) == 2
+        assert f"max_loss must be at least 0, got {wrong}" in capsys.readouterr().err
 
     slow["job"]["batch"] = 3
     slower.write_text(json.dumps(slow))
