@@ -71,7 +71,7 @@ def measure_here() -> None:
     settings = tyro.cli(
         MfuSettings,
         description=__doc__,
-        default=preset(on_gpu=torch.cuda.is_available()),
+        default=preset(on_gpu=parallel.will_use_gpus()),
         config=(tyro.conf.OmitArgPrefixes,),
         console_outputs=parallel.is_main(),
     )

@@ -235,7 +235,7 @@ def main() -> None:
     settings = tyro.cli(
         SFTBenchSettings,
         description=__doc__,
-        default=preset(on_gpu=torch.cuda.is_available()),
+        default=preset(on_gpu=parallel.will_use_gpus()),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     with parallel.start(cpu=settings.system.device == "cpu") as world:

@@ -4,14 +4,16 @@ they say of a mistake."""
 import json
 import runpy
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from bench import loader, sft
+from bench import loader, mfu, sft
 from gptfast import parallel
 from gptfast.chat_data import PackedRows
 from gptfast.model import GPTConfig, flops_per_token
@@ -55,6 +57,18 @@ def test_flops_of_lengths_are_those_of_each_length():
     lengths = [10, 200, 1000]
     want = sum(n * flops_per_token(config, context=n) for n in lengths)
     assert way._flops(lengths) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(("program", "work"), [(mfu, "measure"), (sft, "bench")])
+def test_on_a_cpu_beside_a_gpu_the_defaults_are_the_cpus(monkeypatch, program, work):
+    asked = []
+    monkeypatch.setattr(program, work, lambda settings, *more: asked.append(settings))
+    monkeypatch.setattr(program.parallel, "start", lambda **how: nullcontext(Mock()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flags in ([], ["--device", "cpu"]):
+        monkeypatch.setattr(sys, "argv", ["bench", *flags])
+        program.main()
+    assert [(s.model.depth, s.system.device) for s in asked] == [(20, "auto"), (2, "cpu")]
 
 
 def test_the_padded_loader_pads_to_the_longest_of_four():
