@@ -7,8 +7,9 @@
     python -m bench.mfu compare before.json after.json             which rows a change comes from
     python -m bench.mfu predict                                    8 to 1,024 GPUs, on paper
 
-Trains for 20 steps, times 20, profiles 3. Writes the ledger (--out mfu.json), its table and its
-waterfall beside it; a table and one line of figures go to the console.
+Trains for 20 steps, times 20, profiles 3, on tokens made up unless --data names text. Writes the
+ledger (--out mfu.json), its table and its waterfall beside it; the table and some lines of figures
+go to the console.
 """
 
 import sys
@@ -34,6 +35,8 @@ from kernels.cross_entropy import CHUNKS
 
 @dataclass(frozen=True)
 class CompareSettings:
+    """Which rows the change of a step's time comes from."""
+
     before: tyro.conf.Positional[Path]
     """A ledger that `python -m bench.mfu` wrote."""
     after: tyro.conf.Positional[Path]
