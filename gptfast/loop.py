@@ -5,8 +5,6 @@ was finite) is copied to pinned memory behind it and read one step later, when i
 """
 
 import gc
-import math
-import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -27,14 +25,13 @@ from gptfast.model import GPT
 from gptfast.optim import Optimizer
 from gptfast.parallel import World, synchronise_gradients
 from gptfast.plan import Plan, Summary
+from gptfast.stop import StopRequest
 
 # Steps without a finite loss and gradient, one after the other, until a run stops.
 MAX_SKIPPED_IN_A_ROW = 10
 # Python's collector stops the host for up to half a second in a process of this size (nanochat's
 # log); it runs at these steps instead of whenever it likes.
 _COLLECT_EVERY = 1000
-# Signals closer to each other than this are one request to stop.
-_SAME_SIGNAL_SECONDS = 3.0
 # Steps that say nothing about the speed of the rest: compilation, allocation, a cold card.
 _WARMUP_STEPS = 20
 
@@ -122,29 +119,25 @@ class Trainer:
         self._step_seconds: list[float] = []
         self._pending: _Pending | None = None
         self._skipped_in_a_row = 0
-        self._stop_here = self._stop_everywhere = False
-        self._stop_asked_at = -math.inf
+        self._stop_here, self._stop_everywhere = StopRequest(), False
         self._saved_at = -1
 
     def run(self, start_step: int = 0) -> Summary:
-        """Train from start_step to the plan's end, or until SIGTERM or SIGINT: then save at the
-        next step boundary and return. TrainingDivergedError after ten non-finite steps in a row."""
+        """Train from start_step to the plan's end, or until SIGTERM, SIGINT or SIGHUP: then save at
+        the next step boundary and return. TrainingDivergedError after ten non-finite steps in a
+        row."""
         self._saved_at = start_step if start_step else -1
-        previous = {
-            s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)
-        }
         gc.collect()
         gc.freeze()
         gc.disable()
         try:
-            self._run(start_step)
+            with self._stop_here.heeded():
+                self._run(start_step)
         finally:
             if self.profiler is not None:
                 self.profiler.close()
             gc.enable()
             gc.unfreeze()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         return self.summary
 
     def _run(self, start_step: int) -> None:
@@ -229,7 +222,7 @@ class Trainer:
             loss.backward()
             sums[0] += loss.detach()
             sums[1] += (batch.targets >= 0).sum()
-        sums[2].fill_(float(self._stop_here))
+        sums[2].fill_(float(self._stop_here.made))
         dist.all_reduce(sums)
         stats = self.optimizer.step(
             lr_multiplier=plan.learning_rate_multiplier(step),
@@ -358,10 +351,3 @@ class Trainer:
         self._note_speed()
         self.summary.step = step
         self.summary.stopped = step < self.plan.total_steps
-
-    def _request_stop(self, number: int, _frame: object) -> None:
-        at = time.monotonic()
-        # Ctrl-C comes twice under torchrun: from the terminal, and from torchrun itself.
-        if at - self._stop_asked_at > _SAME_SIGNAL_SECONDS and self._stop_here:
-            raise KeyboardInterrupt(f"second signal {number}: stopping at once, without saving")
-        self._stop_here, self._stop_asked_at = True, at

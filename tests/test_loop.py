@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +124,18 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     assert losses[0][-1] < losses[0][0]
 
 
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[], None]) -> None:
+    """Something happens in this step's forward pass."""
+    forward, count = GPT.forward, iter(range(10**9))
+
+    def disturbed(self, *arguments, **options):
+        if next(count) == step:
+            happens()
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(GPT, "forward", disturbed)
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The loss of these steps is NaN, and so is every gradient."""
     forward, step = GPT.forward, iter(range(10**9))
@@ -205,3 +220,12 @@ def test_what_a_profiler_takes_is_no_steps_time(tmp_path, monkeypatch):
     summary, _, _ = train(tmp_path, steps=6, profiler=profiler)
     assert [row["seconds"] for row in steps_of(tmp_path)] == [2.0] * 6
     assert summary.training_seconds == 12.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_stop_it_saves_what_is_done_and_ends(tmp_path, monkeypatch, number):
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    summary, _, calls = train(tmp_path, steps=50)
+    # The step after the one in which it came was under way when that was read.
+    assert [step for kind, step in calls if kind == "save"] == [4]
+    assert (summary.step, summary.stopped) == (4, True)
