@@ -23,7 +23,7 @@ from gptfast.memory import GIB
 from gptfast.metrics import MetricsLog, seconds_since_launch
 from gptfast.model import GPT
 from gptfast.optim import Optimizer
-from gptfast.parallel import World, synchronise_gradients
+from gptfast.parallel import SHUTDOWN_VARIABLE, World, seconds_to_save, synchronise_gradients
 from gptfast.plan import Plan, Summary
 from gptfast.stop import StopRequest
 
@@ -258,6 +258,8 @@ class Trainer:
         if pending.arrived is not None:
             pending.arrived.synchronize()
         loss, grad_norm, finite, supervised, stop = pending.values.tolist()
+        if stop and not self._stop_everywhere:
+            self.log.say(_told_to_stop())
         self._stop_everywhere = stop > 0
         seconds = elapsed_ms(pending.start, pending.end) / 1e3
         self._account(pending, seconds, loss, bool(finite))
@@ -351,3 +353,13 @@ class Trainer:
         self._note_speed()
         self.summary.step = step
         self.summary.stopped = step < self.plan.total_steps
+
+
+def _told_to_stop() -> str:
+    told, seconds = "asked to stop: saving, then ending", seconds_to_save()
+    if seconds is None:
+        return told
+    return (
+        f"{told}; torchrun kills what takes longer than {seconds} s (from torch 2.12 on, "
+        f"{SHUTDOWN_VARIABLE} sets more)"
+    )

@@ -30,6 +30,11 @@ from gptfast.model import GPT
 # 1.033, of 10 1.025, all in one 1.025 for 0.9 GiB more (2026-11-22).
 BLOCKS_PER_UNIT = 10
 
+# Torchrun kills its processes so many seconds after it has handed a signal on to them, where this
+# variable names no other number; torch 2.11 does not read it.
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+_SHUTDOWN_SECONDS = 30
+
 # Waiting for a node's leader to fetch shards or train a tokenizer is not a hang.
 _PREPARATION_TIMEOUT = timedelta(hours=12)
 
@@ -110,6 +115,16 @@ def launcher() -> list[str]:
             f"--master_port={os.environ['MASTER_PORT']}",
         ]
     return ["torchrun", *nodes, f"--nproc_per_node={local_size}"]
+
+
+def seconds_to_save() -> int | None:
+    """What torchrun gives this process to end after a signal, unless --shutdown-timeout said
+    otherwise; None without torchrun."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return None
+    if torch.__version__ < "2.12":
+        return _SHUTDOWN_SECONDS
+    return int(os.environ.get(SHUTDOWN_VARIABLE, _SHUTDOWN_SECONDS))
 
 
 def is_main() -> bool:

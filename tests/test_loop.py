@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from gptfast import loop, optim, parallel
 from gptfast.checkpoint import Checkpointer
@@ -223,9 +224,21 @@ def test_what_a_profiler_takes_is_no_steps_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_asked_to_stop_it_saves_what_is_done_and_ends(tmp_path, monkeypatch, number):
+def test_asked_to_stop_it_saves_what_is_done_and_ends(tmp_path, monkeypatch, capsys, number):
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     summary, _, calls = train(tmp_path, steps=50)
     # The step after the one in which it came was under way when that was read.
     assert [step for kind, step in calls if kind == "save"] == [4]
+    # Once, and nothing of torchrun, which did not start this.
+    assert capsys.readouterr().out.count("asked to stop: saving, then ending\n") == 1
     assert (summary.step, summary.stopped) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "asked", "seconds"), [("2.11.0", "90", 30), ("2.12.0", "90", 90)]
+)
+def test_asked_to_stop_it_says_how_long_torchrun_waits(monkeypatch, torch_version, asked, seconds):
+    monkeypatch.setenv(parallel.SHUTDOWN_VARIABLE, asked)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion(torch_version))
+    assert f"torchrun kills what takes longer than {seconds} s (" in loop._told_to_stop()

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 
+from gptfast import parallel
 from gptfast.errors import UserError
 from gptfast.speedrun import (
     Followers,
     Plan,
     StepFailedError,
     StoppedError,
+    attempt,
     follow,
     run_plan,
 )
@@ -307,6 +309,20 @@ def test_asked_to_stop_it_lets_the_step_save(tmp_path):
     assert records(plan)["base"]["state"] == STOPPED
     assert json.loads((tmp_path / "base-d2" / "summary.json").read_text()) == {"stopped": True}
     assert done_in(run(plan, tmp_path)) == ["base", "loss", "mid", "report"]
+
+
+@pytest.mark.parametrize("users", [None, "600"])
+def test_torchrun_waits_longer_than_30_seconds_for_a_save(tmp_path, monkeypatch, users):
+    monkeypatch.delenv(parallel.SHUTDOWN_VARIABLE, raising=False)
+    if users:
+        monkeypatch.setenv(parallel.SHUTDOWN_VARIABLE, users)
+    command = ["printenv", parallel.SHUTDOWN_VARIABLE]
+    with attempt.locked(tmp_path, print) as lock:
+        process = attempt.Attempt(command, tmp_path / "log", lock, gpus=0)
+        assert process.wait(lambda: None) == 0
+    assert process.output() == [users or "180"]
+    # A speedrun that is started meanwhile waits for it.
+    assert attempt._LOCK_SECONDS > 180
 
 
 # The second node; the first one is the test itself.

@@ -19,12 +19,16 @@ from pathlib import Path
 from gptfast.errors import UserError
 from gptfast.machine import ROOT
 from gptfast.nvml import EnergyMeter
+from gptfast.parallel import SHUTDOWN_VARIABLE
 
 _LOOK_SECONDS = 0.1
 # Of a log, from its end: enough for the error that ended it.
 _TAIL_BYTES = 64 * 1024
-# Longer than a process takes to save and end: torchrun kills its own after 30 seconds.
-_LOCK_SECONDS = 90.0
+# What torchrun, from torch 2.12 on, gives its processes to save and end; d32's checkpoint, 16 GB,
+# takes as long at 100 MB/s.
+_SHUTDOWN_SECONDS = 180
+# Longer than that.
+_LOCK_SECONDS = _SHUTDOWN_SECONDS + 30.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 def locked(folder: Path, status: Callable[[str], None]) -> Iterator[int]:
     """Hold the folder's lock; gives its file descriptor, which processes inherit to hold it, too.
 
-    UserError if something else still holds it after a minute and a half.
+    UserError if something else still holds it after three minutes and a half.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
@@ -63,7 +67,12 @@ class Attempt:
         self.log, self.stopped = log, False
         self._meter, self._began = EnergyMeter(range(gpus)), time.monotonic()
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        environment = {
+            SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS),
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+        }
         if not gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with log.open("ab") as file:
