@@ -147,6 +147,7 @@ class Session:
             measure.accumulation,
             world,
             reshard_after_forward=system.reshard_after_forward,
+            kernels=system.kernels,
             evenly=False,
         )
         say(told)

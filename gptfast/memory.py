@@ -9,6 +9,11 @@ GIB = 2**30
 # counted.
 USABLE_SHARE = 0.92
 
+# With --kernels reference, at the largest: a chunk's logits in bf16 or fp32, its fp32 logits, their
+# tanh, log-probabilities and gradients. Counted, and measured with whole logits (H200, 64.3 GiB for
+# 2^32 of them, bench/results/kernels-h200.json).
+_REFERENCE_BYTES_A_LOGIT = 16
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -50,13 +55,17 @@ def estimate_memory(
     bytes_per_value: int = 2,
     reshard_after_forward: bool = False,
     generator: int = 0,
+    kernels: str = "triton",
 ) -> MemoryEstimate:
     """Counted from what each part keeps; `shards` is the number of GPUs that share a copy.
-    generator: bytes of MemoryEstimate.generator.
+    generator: bytes of MemoryEstimate.generator. kernels: as in SystemSettings, compiled by blocks.
 
     A block saves for backward, in units of tokens x width: two normed inputs (2), q, k and
     attention's output (3), the packed qkv product of which v is a view (3), and the squared
-    ReLU (4); besides 8 bytes a head and token (softmax statistics and norms).
+    ReLU (4); besides 8 bytes a head and token (softmax statistics and norms). With the reference
+    kernels torch.compile keeps also two sums (2), rotated q and k (2) and the MLP's first product
+    (4); backward makes about two more (d20, 32 x 2048, in one forward + backward on an H200:
+    89.5 GiB, where ours take 44.4; bench/results/kernels-h200.json).
     """
     tokens = device_batch_size * config.sequence_len
     counts = parameter_counts(config)
@@ -70,10 +79,15 @@ def estimate_memory(
     gathered = bytes_per_value * (largest if reshard_after_forward else parameters)
     gathered += 4 * parameters if accumulates else 0
     kv = config.n_kv_head * config.head_dim / config.n_embd
-    per_block = tokens * config.n_embd * bytes_per_value * (2 + (2 + kv) + (1 + 2 * kv) + 4)
+    units = 2 + (2 + kv) + (1 + 2 * kv) + 4
+    bytes_per_logit = bytes_per_value
+    if kernels == "reference":
+        units += 2 + (1 + kv) + 4 + 2
+        bytes_per_logit = _REFERENCE_BYTES_A_LOGIT
+    per_block = tokens * config.n_embd * bytes_per_value * units
     per_block += 8 * tokens * (config.n_head + config.n_kv_head)
     ends = 4 * tokens * config.n_embd * bytes_per_value
-    logits = -(-tokens // logits_chunks) * config.vocab_size * bytes_per_value
+    logits = -(-tokens // logits_chunks) * config.vocab_size * bytes_per_logit
     head = counts["head"] * (4 + bytes_per_value) + 2 * tokens * config.n_embd * bytes_per_value
     return MemoryEstimate(
         weights=int(sharded + gathered),

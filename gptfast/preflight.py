@@ -164,6 +164,7 @@ def check_memory(
     world: World,
     *,
     reshard_after_forward: bool,
+    kernels: str = "triton",
     evenly: bool = True,
     generator: int = 0,
 ) -> str:
@@ -171,7 +172,7 @@ def check_memory(
     largest device batch that should.
 
     batch: sequences in one forward + backward of one GPU. evenly: whether passes must share a step
-    without a rest. generator: see estimate_memory.
+    without a rest. kernels, generator: see estimate_memory.
     """
     shared = {
         "shards": world.local_size,
@@ -179,6 +180,7 @@ def check_memory(
         "bytes_per_value": 2 if world.device.type == "cuda" else 4,
         "generator": generator,
         "reshard_after_forward": reshard_after_forward,
+        "kernels": kernels,
     }
     estimate = estimate_memory(
         config, device_batch_size=batch, accumulates=accumulation > 1, **shared

@@ -184,6 +184,7 @@ class Stage:
             accumulation,
             self.world,
             reshard_after_forward=self.settings.system.reshard_after_forward,
+            kernels=self.settings.system.kernels,
             # Where a step is so many tokens; where it is rows or answers, a pass may be less full.
             evenly=isinstance(self.settings.optim, OptimSettings),
             generator=generator,

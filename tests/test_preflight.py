@@ -58,6 +58,35 @@ def test_the_estimate_is_no_less_than_what_d20_took_with_resharding(batch, accum
     assert without - resharded == pytest.approx(0.89, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("config", "batch", "measured_gib"),
+    [
+        # A step of a run; forward + backward, to which the optimizer's moments are added here.
+        (GPTConfig.from_depth(8, vocab_size=16384), 64, 29.3),
+        (D20, 32, 89.5 + 2.7),
+    ],
+    ids=["d8", "d20"],
+)
+def test_the_reference_kernels_take_more_and_are_estimated_to(config, batch, measured_gib):
+    """H200, torch 2.11: bench/results/d8-kernels-h200.json and kernels-h200.json."""
+    estimate = estimate_memory(
+        config,
+        device_batch_size=batch,
+        shards=1,
+        accumulates=False,
+        logits_chunks=4,
+        kernels="reference",
+    )
+    assert measured_gib < estimate.total / GIB < 1.1 * measured_gib
+
+
+def test_the_reference_kernels_are_not_tried_where_they_do_not_fit(monkeypatch):
+    world = gpus_of(monkeypatch, 80)
+    assert preflight.check_memory(D20, 32, 1, world, reshard_after_forward=False)
+    with pytest.raises(UserError, match=r"; --device-batch-size 16 should fit$"):
+        preflight.check_memory(D20, 32, 1, world, reshard_after_forward=False, kernels="reference")
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     settings = {"shards": 8, "accumulates": True, "logits_chunks": 8}
     batch = largest_device_batch(40 * GIB, D20, **settings)

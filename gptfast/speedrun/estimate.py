@@ -72,6 +72,7 @@ class Here:
             "logits_chunks": CHUNKS,
             "bytes_per_value": 2 if self.gpu else 4,
             "reshard_after_forward": system.reshard_after_forward,
+            "kernels": system.kernels,
         }
 
     @property
