@@ -18,19 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from bench import mfu_predict
-from bench.mfu_step import MfuSettings, Session, preset
+from bench.mfu_step import MfuSettings, Session, memory_need, preset
 from gptfast import hardware, parallel
 from gptfast.config import not_negative
-from gptfast.errors import UserError
 from gptfast.ledger import compare, read_json, write
-from gptfast.memory import GIB, USABLE_SHARE, estimate_memory, largest_device_batch
-from gptfast.model import GPTConfig
 from gptfast.run import exit_code, prepare_to_write
-from kernels.cross_entropy import CHUNKS
 
 
 @dataclass(frozen=True)
@@ -81,11 +76,8 @@ def measure_here() -> None:
     system = settings.system
     with parallel.start(cpu=system.device == "cpu", deterministic=system.deterministic) as world:
         say = print if world.is_main else lambda line: None
-        try:
+        with memory_need(settings, world).told():
             measure(settings, world, say)
-        except torch.OutOfMemoryError as error:
-            available = torch.cuda.get_device_properties(world.device).total_memory
-            raise UserError(out_of_memory(settings, world, available)) from error
 
 
 def measure(settings: MfuSettings, world: parallel.World, say: Callable[[str], None]) -> None:
@@ -109,28 +101,6 @@ def measure(settings: MfuSettings, world: parallel.World, say: Callable[[str], N
                 write(ledger, chosen.out, say=lambda line: None)
     finally:
         session.loader.close()
-
-
-def out_of_memory(settings: MfuSettings, world: parallel.World, available: int) -> str:
-    """One line: the estimate, what should fit, and the flags that help."""
-    model, batch = settings.model, settings.measure.device_batch_size
-    config = GPTConfig.from_depth(
-        model.depth, vocab_size=model.vocab_size, sequence_len=model.sequence_len
-    )
-    shared = {
-        "shards": world.local_size,
-        "accumulates": settings.measure.accumulation > 1,
-        "logits_chunks": CHUNKS,
-    }
-    estimate = estimate_memory(config, device_batch_size=batch, **shared)
-    # It was too low for this run; what it says of smaller ones is too low by as much.
-    most = largest_device_batch(int(USABLE_SHARE * estimate.total), config, **shared)
-    advice = f"--device-batch-size {most} should fit" if most else "no smaller batch will do"
-    return (
-        f"out of GPU memory: {batch} sequences of {config.sequence_len} were estimated at "
-        f"{estimate}, the GPU has {available / GIB:.1f} GiB; {advice}; --reshard-after-forward, "
-        "more GPUs or a smaller --sequence-len also help"
-    )
 
 
 if __name__ == "__main__":

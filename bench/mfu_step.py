@@ -24,7 +24,7 @@ from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import Optimizer, build_optimizer
 from gptfast.parallel import World
 from gptfast.plan import Plan
-from gptfast.preflight import check_memory, prepare_text
+from gptfast.preflight import MemoryNeed, prepare_text
 from gptfast.run import environment
 from gptfast.schedule import muon_momentum
 
@@ -90,6 +90,25 @@ def preset(*, on_gpu: bool) -> MfuSettings:
     )
 
 
+def config_of(model: ModelSettings) -> GPTConfig:
+    return GPTConfig.from_depth(
+        model.depth, vocab_size=model.vocab_size, sequence_len=model.sequence_len
+    )
+
+
+def memory_need(settings: MfuSettings, world: World) -> MemoryNeed:
+    system, measure = settings.system, settings.measure
+    return MemoryNeed(
+        config_of(settings.model),
+        measure.device_batch_size,
+        measure.accumulation,
+        world,
+        reshard_after_forward=system.reshard_after_forward,
+        kernels=system.kernels,
+        evenly=False,
+    )
+
+
 class MadeUpTokens:
     """Batches of random tokens, about as skewed as text is; the same few in turn."""
 
@@ -131,9 +150,7 @@ class Session:
     def __init__(self, settings: MfuSettings, world: World, say: Callable[[str], None]) -> None:
         self.settings, self.world, self.say = settings, world, say
         model, system, measure = settings.model, settings.system, settings.measure
-        self.config = GPTConfig.from_depth(
-            model.depth, vocab_size=model.vocab_size, sequence_len=model.sequence_len
-        )
+        self.config = config_of(model)
         self.job = Job(
             self.config,
             measure.device_batch_size,
@@ -141,16 +158,7 @@ class Session:
             processes=world.size,
             shards=world.local_size,
         )
-        told = check_memory(
-            self.config,
-            measure.device_batch_size,
-            measure.accumulation,
-            world,
-            reshard_after_forward=system.reshard_after_forward,
-            kernels=system.kernels,
-            evenly=False,
-        )
-        say(told)
+        say(memory_need(settings, world).check())
         self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         self.attention = choose_attention(
             system.attention,

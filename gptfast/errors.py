@@ -6,7 +6,7 @@ class UserError(Exception):
 
     Not a ValueError: those the command-line parser takes for its own.
 
-    Recipes print the message and exit with code 2; nothing has been trained by then.
+    Recipes print the message and exit with code 2, as a rule before anything is trained.
     """
 
     # Set where several processes found the same mistake and another one tells it.

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from gptfast.errors import UserError
 from gptfast.memory import (
     GIB,
     USABLE_SHARE,
+    MemoryEstimate,
     checkpoint_bytes,
     estimate_memory,
     largest_device_batch,
@@ -157,56 +160,96 @@ def _cached_tokenizer(cache: Path, corpus: Corpus, vocab_size: int, limits: dict
     return folder.with_name(f"{folder.name}-{digest[:8]}")
 
 
-def check_memory(
-    config: GPTConfig,
-    batch: int,
-    accumulation: int,
-    world: World,
-    *,
-    reshard_after_forward: bool,
-    kernels: str = "triton",
-    evenly: bool = True,
-    generator: int = 0,
-) -> str:
-    """One line with the estimate of a run's GPU memory; UserError if it cannot fit, with the
-    largest device batch that should.
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What a run takes of each GPU's memory.
 
-    batch: sequences in one forward + backward of one GPU. evenly: whether passes must share a step
-    without a rest. kernels, generator: see estimate_memory.
+    batch: sequences in one forward + backward of one GPU; accumulation: of those a step has.
+    evenly: whether they must share a step without a rest. kernels, generator: see estimate_memory.
     """
-    shared = {
-        "shards": world.local_size,
-        "logits_chunks": CHUNKS,
-        "bytes_per_value": 2 if world.device.type == "cuda" else 4,
-        "generator": generator,
-        "reshard_after_forward": reshard_after_forward,
-        "kernels": kernels,
-    }
-    estimate = estimate_memory(
-        config, device_batch_size=batch, accumulates=accumulation > 1, **shared
-    )
-    if world.device.type != "cuda":
-        return f"memory: about {estimate} a process"
-    available = torch.cuda.get_device_properties(world.device).total_memory
-    usable = int(USABLE_SHARE * available)
-    if estimate.total > usable:
-        # A smaller batch is accumulated, which keeps fp32 gradients of all parameters.
-        shared |= {"accumulates": True, "sequences": batch * accumulation if evenly else None}
-        advice = _what_fits(usable, config, shared)
-        raise UserError(
-            f"not enough GPU memory: {batch} sequences of {config.sequence_len} take about "
-            f"{estimate}, the GPU has {available / GIB:.1f} GiB; {advice}"
+
+    config: GPTConfig
+    batch: int
+    accumulation: int
+    world: World
+    reshard_after_forward: bool = False
+    kernels: str = "triton"
+    evenly: bool = True
+    generator: int = 0
+
+    def check(self) -> str:
+        """One line with the estimate; UserError if it cannot fit, with the largest device batch
+        that should."""
+        if self.world.device.type != "cuda":
+            return f"memory: about {self._estimate} a process"
+        available = self._available / GIB
+        if self._estimate.total > USABLE_SHARE * self._available:
+            raise UserError(
+                f"not enough GPU memory: {self._sequences} take about {self._estimate}, the GPU "
+                f"has {available:.1f} GiB; {self._what_fits(self._available)}"
+            )
+        return f"memory: about {self._estimate} of {available:.1f} GiB a GPU"
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Where the body runs out of memory all the same, UserError with what should fit."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.world.device)
+            others = total - free - torch.cuda.memory_reserved(self.world.device)
+            # What the estimate left out, it leaves out of smaller batches, too.
+            room = min(total - others, self._estimate.total)
+            held = f", {others / GIB:.1f} GiB of it in use elsewhere" if others > 2 * GIB else ""
+            saving = "" if self.reshard_after_forward else "--reshard-after-forward and "
+            raise UserError(
+                f"out of GPU memory: {self._sequences} were estimated at {self._estimate}, the GPU "
+                f"has {self._available / GIB:.1f} GiB{held}; {self._what_fits(room)}; {saving}more "
+                "GPUs also help"
+            ) from error
+
+    @property
+    def _sequences(self) -> str:
+        return f"{self.batch} sequences of {self.config.sequence_len}"
+
+    @property
+    def _available(self) -> int:
+        return torch.cuda.get_device_properties(self.world.device).total_memory
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of estimate_memory."""
+        return {
+            "shards": self.world.local_size,
+            "logits_chunks": CHUNKS,
+            "bytes_per_value": 2 if self.world.device.type == "cuda" else 4,
+            "generator": self.generator,
+            "reshard_after_forward": self.reshard_after_forward,
+            "kernels": self.kernels,
+        }
+
+    @property
+    def _estimate(self) -> MemoryEstimate:
+        accumulates = self.accumulation > 1
+        return estimate_memory(
+            self.config, device_batch_size=self.batch, accumulates=accumulates, **self._settings
         )
-    return f"memory: about {estimate} of {available / GIB:.1f} GiB a GPU"
 
-
-def _what_fits(usable: int, config: GPTConfig, settings: dict[str, Any]) -> str:
-    """Flags with which a run should stay within so many bytes."""
-    if most := largest_device_batch(usable, config, **settings):
-        return f"--device-batch-size {most} should fit"
-    if most := largest_device_batch(usable, config, **settings | {"reshard_after_forward": True}):
-        return f"--device-batch-size {most} with --reshard-after-forward should fit"
-    return "no batch size fits" + (", but fewer --max-rows may" if settings["generator"] else "")
+    def _what_fits(self, room: int) -> str:
+        """Flags with which a run should do with so many bytes."""
+        largest = partial(
+            largest_device_batch,
+            int(USABLE_SHARE * room),
+            self.config,
+            # A smaller batch is accumulated, which keeps fp32 gradients of all parameters.
+            accumulates=True,
+            sequences=self.batch * self.accumulation if self.evenly else None,
+        )
+        if most := largest(**self._settings):
+            return f"--device-batch-size {most} should fit"
+        if most := largest(**self._settings | {"reshard_after_forward": True}):
+            return f"--device-batch-size {most} with --reshard-after-forward should fit"
+        return "no batch size fits" + (", but fewer --max-rows may" if self.generator else "")
 
 
 def check_disk(folder: Path, keep: int, config: GPTConfig) -> None:

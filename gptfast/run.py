@@ -37,6 +37,11 @@ def exit_code(recipe: Callable[[], None]) -> int:
         if not error.told_elsewhere:
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except torch.OutOfMemoryError as error:
+        # Of training MemoryNeed tells more.
+        told = str(error).partition(" Of the allocated")[0]
+        sys.stderr.write(f"error: {told} Smaller batches take less: --help names their flags\n")
+        return 2
     except TrainingDivergedError as error:
         sys.stderr.write(f"stopped: {error}\n")
         return 1

@@ -31,7 +31,7 @@ from gptfast.nvml import EnergyMeter
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
 from gptfast.plan import Plan, Summary
-from gptfast.preflight import check_disk, check_memory
+from gptfast.preflight import MemoryNeed, check_disk
 from gptfast.run import end_run, environment, find_run, open_run_folder, plain, write_start
 from gptfast.schedule import learning_rate_multiplier
 from gptfast.state import ResumableLoader, RunState
@@ -176,32 +176,33 @@ class Stage:
         longest: tokens of the longest sequence that is trained on; the model's otherwise.
         generator: bytes that stay reserved to generate those sequences.
         """
-        self._device_batch_size = device_batch_size
         check_disk(self.folder, self.settings.run.keep, self.config)
-        told = check_memory(
+        system = self.settings.system
+        self._memory = MemoryNeed(
             self.config if longest is None else replace(self.config, sequence_len=longest),
             device_batch_size,
             accumulation,
             self.world,
-            reshard_after_forward=self.settings.system.reshard_after_forward,
-            kernels=self.settings.system.kernels,
+            reshard_after_forward=system.reshard_after_forward,
+            kernels=system.kernels,
             # Where a step is so many tokens; where it is rows or answers, a pass may be less full.
             evenly=isinstance(self.settings.optim, OptimSettings),
             generator=generator,
         )
-        self.say(told)
+        self.say(self._memory.check())
 
     def build(self, source: Source | None = None) -> None:
         """Make the sharded model, with the source's weights if there is one, and its optimizer."""
         system = self.settings.system
-        self.model = parallel.build_sharded(
-            self.make_gpt,
-            self.world,
-            compute_dtype=self.dtype,
-            reshard_after_forward=system.reshard_after_forward,
-            compile_blocks=system.compile,
-            seed=system.seed,
-        )
+        with self._memory.told():
+            self.model = parallel.build_sharded(
+                self.make_gpt,
+                self.world,
+                compute_dtype=self.dtype,
+                reshard_after_forward=system.reshard_after_forward,
+                compile_blocks=system.compile,
+                seed=system.seed,
+            )
         if source is not None and not self.settings.run.resume:
             source.load_into(self.model, self.world)
         self.optimizer = build_optimizer(self.model, self.settings.optim, kernels=system.kernels)
@@ -250,7 +251,8 @@ class Stage:
             summary=summary,
         )
         try:
-            trainer.run(start_step)
+            with self._memory.told():
+                trainer.run(start_step)
         finally:
             log.close()
             loader.close()
@@ -313,7 +315,7 @@ class Stage:
         assert plan.tokens_per_step is not None, "RLSettings refuses to profile"
         job = Job(
             self.config,
-            self._device_batch_size,
+            self._memory.batch,
             plan.accumulation,
             processes=world.size,
             shards=world.local_size,

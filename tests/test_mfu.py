@@ -142,12 +142,14 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, capsys):
 
     monkeypatch.setattr(mfu, "measure", measure)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, Card.total_memory))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: Card.total_memory)
     flags = ("--depth", 20, "--sequence-len", 2048, "--vocab-size", 65536)
     assert run(monkeypatch, *flags, "--device-batch-size", 60) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     assert "out of GPU memory: 60 sequences of 2048" in line
     assert "the GPU has 80.0 GiB" in line
-    assert "--device-batch-size 5" in line
+    assert "--device-batch-size 12 should fit" in line
     assert "--reshard-after-forward" in line
 
 

@@ -28,6 +28,7 @@ from gptfast.data import Corpus, RowGroup
 from gptfast.errors import UserError
 from gptfast.memory import GIB, USABLE_SHARE, estimate_memory, largest_device_batch
 from gptfast.model import GPTConfig
+from gptfast.preflight import MemoryNeed
 from gptfast.rl.config import RLOptimSettings
 from gptfast.tokenizer import Tokenizer
 from train.tokenizer import Settings as TokenizerSettings
@@ -82,9 +83,9 @@ def test_the_reference_kernels_take_more_and_are_estimated_to(config, batch, mea
 
 def test_the_reference_kernels_are_not_tried_where_they_do_not_fit(monkeypatch):
     world = gpus_of(monkeypatch, 80)
-    assert preflight.check_memory(D20, 32, 1, world, reshard_after_forward=False)
+    assert MemoryNeed(D20, 32, 1, world).check()
     with pytest.raises(UserError, match=r"; --device-batch-size 16 should fit$"):
-        preflight.check_memory(D20, 32, 1, world, reshard_after_forward=False, kernels="reference")
+        MemoryNeed(D20, 32, 1, world, kernels="reference").check()
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
@@ -118,7 +119,27 @@ def gpus_of(monkeypatch: pytest.MonkeyPatch, gib: float) -> SimpleNamespace:
 def test_too_little_gpu_memory_is_told_with_what_fits(monkeypatch, gib, advice):
     world = gpus_of(monkeypatch, gib)
     with pytest.raises(UserError, match=rf"32 sequences of 2048.*has {gib}\.0 GiB; {advice}"):
-        preflight.check_memory(D20, 32, 1, world, reshard_after_forward=False)
+        MemoryNeed(D20, 32, 1, world).check()
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "advice"),
+    [
+        (1, r"has 80\.0 GiB; --device-batch-size 16 should fit; --reshard-after-forward and more"),
+        (30, r"has 80\.0 GiB, 30\.0 GiB of it in use elsewhere; --device-batch-size 16 should"),
+        (60, r"has 80\.0 GiB, 60\.0 GiB of it in use elsewhere; --device-batch-size 8 should"),
+    ],
+)
+def test_memory_that_runs_out_all_the_same_is_told_with_what_fits(monkeypatch, elsewhere, advice):
+    world, gib = gpus_of(monkeypatch, 80), GIB
+    # Of what is left it has all but 2 GiB.
+    found = (2 * gib, 80 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (78 - elsewhere) * gib)
+    need = MemoryNeed(D20, 32, 1, world)
+    words = rf"^out of GPU memory: 32 sequences of 2048 were estimated at 4\d\..*, the GPU {advice}"
+    with pytest.raises(UserError, match=words), need.told():
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_the_batch_that_is_advised_divides_the_step_where_it_must(monkeypatch):
@@ -126,10 +147,10 @@ def test_the_batch_that_is_advised_divides_the_step_where_it_must(monkeypatch):
     advised = r"; --device-batch-size (\d+) should fit$"
     for evenly in (True, False):
         with pytest.raises(UserError, match=advised) as told:
-            preflight.check_memory(D20, 48, 1, world, reshard_after_forward=False, evenly=evenly)
+            MemoryNeed(D20, 48, 1, world, evenly=evenly).check()
         batch = int(re.search(advised, str(told.value))[1])
         assert (48 % batch == 0) == evenly
-        again = preflight.check_memory(D20, batch, 3, world, reshard_after_forward=False)
+        again = MemoryNeed(D20, batch, 3, world).check()
         assert again.endswith("of 40.0 GiB a GPU")
 
 
@@ -139,12 +160,10 @@ def test_resharding_and_what_generates_answers_count_as_memory(monkeypatch):
     )
     world = gpus_of(monkeypatch, (estimate.total / GIB - 0.5) / USABLE_SHARE)
     with pytest.raises(UserError, match="not enough GPU memory"):
-        preflight.check_memory(D20, 8, 8, world, reshard_after_forward=False)
-    assert preflight.check_memory(D20, 8, 8, world, reshard_after_forward=True)
+        MemoryNeed(D20, 8, 8, world).check()
+    assert MemoryNeed(D20, 8, 8, world, reshard_after_forward=True).check()
     with pytest.raises(UserError, match=r"generator 12\.5\), .* but fewer --max-rows may$"):
-        preflight.check_memory(
-            D20, 8, 8, world, reshard_after_forward=True, generator=int(12.5 * GIB)
-        )
+        MemoryNeed(D20, 8, 8, world, True, generator=int(12.5 * GIB)).check()
 
 
 def test_a_full_disk_is_told_with_the_numbers(monkeypatch, tmp_path):

@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptfast import parallel
 from gptfast.errors import UserError
 from gptfast.plan import Summary
 from gptfast.run import (
+    exit_code,
     find_run,
     open_run_folder,
     prepare_to_write,
@@ -203,3 +205,16 @@ def test_what_is_no_number_is_null_in_a_runs_files(tmp_path):
     assert (found["step"], found["loss"], found["folder"]) == (3, None, str(tmp_path))
     assert found["evaluations"] == [{"step": 0, "val_bpb": None}]
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_memory_that_runs_out_is_one_line(capsys):
+    def recipe() -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+            "79.10 GiB of which 1.20 GiB is free. Of the allocated memory 70 GiB is allocated by"
+        )
+
+    assert exit_code(recipe) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert line.endswith("is free. Smaller batches take less: --help names their flags")

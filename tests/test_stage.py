@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gptfast.checkpoint.files import load_full_state, read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
 from gptfast.errors import UserError
+from gptfast.loop import Trainer
 from gptfast.model import GPT
 from gptfast.plan import Plan
 from gptfast.stage import Source, Stage, learning_rate
@@ -89,8 +91,33 @@ def test_a_model_of_another_shape_is_refused(source_run, tmp_path):
     settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run"))
     with parallel.start(cpu=True) as world:
         stage = Stage("mid", settings, wider, world, lambda line: None)
+        stage.check(device_batch_size=2, accumulation=1)
         with pytest.raises(UserError, match="of another architecture"):
             stage.build(source)
+
+
+def train_all(stage: Stage) -> None:
+    loader = SimpleNamespace(close=lambda: None)
+    stage.build()
+    stage.train(plan_of(9), loader, BYTES, evaluate=dict, sample=dict, title="")
+
+
+@pytest.mark.parametrize("place", ["build_sharded", "run"])
+def test_a_stage_that_runs_out_of_memory_says_what_should_fit(tmp_path, monkeypatch, place):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card = SimpleNamespace(total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(parallel if place == "build_sharded" else Trainer, place, fail)
+    settings = MidSettings(system=CPU_SYSTEM, run=RunSettings(out=tmp_path / "run"))
+    with parallel.start(cpu=True) as world:
+        stage = Stage("mid", settings, CONFIG, world, lambda line: None)
+        stage.check(device_batch_size=8, accumulation=1)
+        with pytest.raises(UserError, match=r"out of .* 8 sequences of 48 .*-batch-size 4 should"):
+            train_all(stage)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(source_run):
