@@ -78,7 +78,7 @@ def dependencies(root: Path = ROOT) -> tuple[int, int]:
         try:
             required = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
-            # Not on this machine (triton on a Mac), so it brings nothing here.
+            # Not on this machine (what brings it needs it on others), so it brings nothing here.
             continue
         found.add(name)
         waiting += [_REQUIREMENT.findall(r)[0] for r in required if "extra ==" not in r]

@@ -43,6 +43,15 @@ def test_kernels_know_nothing_but_torch_and_triton():
         assert imported(path) <= allowed, path.name
 
 
+def test_what_every_module_imports_pip_asks_for_everywhere():
+    """So that it refuses where there is none, instead of the first import."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    required = [line.strip() for line in block.splitlines() if line.strip().startswith('"')]
+    assert {'"torch>=2.11,<2.14",', '"triton>=3.6",'} <= set(required)
+    assert not [line for line in required if ";" in line]
+
+
 def test_another_package_named_kernels_is_refused(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
