@@ -150,11 +150,12 @@ def _config(r: int, capability: tuple[int, int]) -> dict[str, Any]:
     Blocks of 128 keep the tensor cores fed from shared memory, 32 KiB a stage; smaller matrices
     take smaller ones, to lose less at the edges. From sm_90 on two programs share an SM, so that
     one stores while the other multiplies: hence the bound on registers, for which the polynomial's
-    product may spill a few before its loop. Before, sums live in registers beside the operands, and
-    one program takes what it needs.
+    product may spill a few before its loop. Before, and on sm_120, which multiplies as sm_80 does,
+    sums live in registers beside the operands, and one program takes what it needs: bound to 128
+    registers, sm_120's spills up to 1,200 bytes a thread (compiled ahead of time).
     """
     block = 128 if r > 256 else 64 if r > 64 else 32
-    hopper = capability >= (9, 0)
+    hopper = (9, 0) <= capability < (12, 0)
     return {
         "BLOCK_R": block,
         "BLOCK_K": 64 if hopper else 32,

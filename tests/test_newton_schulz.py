@@ -175,6 +175,16 @@ def test_refuses(x, steps, message):
         newton_schulz(x, steps)
 
 
+@pytest.mark.parametrize(
+    ("capability", "like"),
+    [((8, 9), (8, 0)), ((10, 0), (9, 0)), ((10, 3), (9, 0)), ((12, 0), (8, 0)), ((12, 1), (8, 0))],
+)
+def test_only_datacentre_blackwell_is_launched_like_hopper(capability, like):
+    configs = [module._config(1280, each) for each in (capability, like)]
+    assert configs[0] == configs[1]
+    assert configs[0]["maxnreg"] == (128 if like == (9, 0) else None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(3, 1280, 1280), (2, 5120, 1280), (2, 1280, 5120)], ids=str)
 def test_accurate_at_trained_shapes(shape):
