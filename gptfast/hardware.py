@@ -31,7 +31,6 @@ _PEAKS = {
     "A10": Peak(125e12, "NVIDIA A10 datasheet"),
     "RTX 4090": Peak(165.2e12, "NVIDIA Ada architecture paper, fp32 accumulation"),
     "RTX 3090": Peak(71e12, "NVIDIA Ampere GA102 paper, fp32 accumulation"),
-    "MI300X": Peak(1307e12, "AMD Instinct MI300X datasheet"),
 }
 # Behind a name of the table, a word that makes it a GPU of another rate: H200 NVL, RTX 4090 Laptop
 # GPU, RTX 4090 D, RTX 3090 Ti, A100-SXM4-40GB MIG 1g.5gb.

@@ -140,12 +140,28 @@ def will_use_gpus() -> bool:
     return torch.cuda.is_available() and not on_cpu
 
 
+def check_gpu(index: int) -> None:
+    """UserError unless this GPU is one of NVIDIA's that has bf16."""
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip is not None:
+        raise UserError(
+            f"GPU {index} is a {name}, but the kernels are for NVIDIA's GPUs: give --device cpu"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise UserError(
+            f"GPU {index} is a {name} of compute capability {major}.{minor}, and bf16 takes 8.0 or "
+            "higher: name others in CUDA_VISIBLE_DEVICES, or give --device cpu"
+        )
+
+
 @contextmanager
 def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
     """Join the process group that torchrun describes (alone without torchrun); leave it at the end.
 
     cpu forces gloo and CPU tensors although there is a GPU. deterministic makes PyTorch's own
-    operators repeatable bit for bit, or raise. UserError when a node has fewer GPUs than processes.
+    operators repeatable bit for bit, or raise. UserError when a node has fewer GPUs than processes,
+    or for a GPU that `check_gpu` refuses.
     """
     if deterministic:
         # Read by cuBLAS when it starts; without it, products may differ from run to run.
@@ -167,6 +183,7 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> Iterator[World]:
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
+        check_gpu(local_rank)
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))

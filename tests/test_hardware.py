@@ -37,6 +37,7 @@ def test_dense_bf16_peaks(name, tflops):
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
         "NVIDIA H100 NVL MIG 1g.12gb",
+        "AMD Instinct MI300X",
     ],
 )
 def test_an_unknown_gpu_gets_no_invented_figure(name):

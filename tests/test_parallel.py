@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gptfast import parallel
+from gptfast.errors import UserError
 from gptfast.model import GPT, GPTConfig
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=37, n_layer=3, n_head=2, n_kv_head=2, n_embd=16)
@@ -14,6 +15,25 @@ CONFIG = GPTConfig(sequence_len=8, vocab_size=37, n_layer=3, n_head=2, n_kv_head
 )
 def test_units_are_large_where_that_costs_little(nodes, reshard, blocks):
     assert parallel.blocks_per_unit(nodes, reshard_after_forward=reshard) == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "hip", "capability", "words"),
+    [
+        ("AMD Instinct MI300X", "6.4", (9, 4), "kernels are for NVIDIA's GPUs: give --device cpu"),
+        ("Tesla T4", None, (7, 5), r"a Tesla T4 of compute capability 7\.5, and bf16 takes 8\.0"),
+    ],
+)
+def test_a_gpu_that_cannot_train_is_refused_at_once(monkeypatch, name, hip, capability, words):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    with pytest.raises(UserError, match=words), parallel.start():
+        pass
+    with parallel.start(cpu=True) as world:
+        assert world.device.type == "cpu"
 
 
 @pytest.mark.parametrize(("blocks", "units"), [(1, 5), (2, 4), (10, 3)])

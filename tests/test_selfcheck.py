@@ -196,7 +196,7 @@ def test_gpus_that_are_busy_old_or_mixed_are_red(monkeypatch):
     assert selfcheck.check_gpus(gpu_plan()) == "2 x NVIDIA H200"
     for wrong, words in (
         ({"free": 100}, "GPU 0: 40.0 GiB in use; GPU 1: 40.0 GiB in use: end the other program"),
-        ({"capability": (7, 0)}, "has no bf16"),
+        ({"capability": (7, 0)}, r"capability 7\.0, and bf16 takes 8\.0"),
         ({"names": ("NVIDIA H200", "NVIDIA H100")}, "GPUs of 2 kinds, NVIDIA H100, NVIDIA H200"),
     ):
         fake_gpus(monkeypatch, **wrong)

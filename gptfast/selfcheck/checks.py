@@ -22,6 +22,7 @@ from gptfast.evaluate import core_fetch
 from gptfast.evaluate.core_bundle import CORE_TASKS, load_bundle
 from gptfast.memory import GIB, USABLE_SHARE, largest_device_batch
 from gptfast.nvml import energy_counters, link_gb_per_second
+from gptfast.parallel import check_gpu
 from gptfast.selfcheck.kernels import Case, kernel_cases, kernel_error
 from gptfast.selfcheck.links import all_reduce_gb_per_second
 from gptfast.speedrun.disk import disk_needs
@@ -176,10 +177,8 @@ def check_gpus(plan: Plan) -> str:
         raise SkippedError("no GPU is used")
     names, busy = set(), []
     for index in range(plan.processes):
-        name = torch.cuda.get_device_name(index)
-        names.add(name)
-        if torch.cuda.get_device_capability(index) < (8, 0):
-            raise UserError(f"GPU {index} is a {name}, which has no bf16: compute capability 8.0")
+        check_gpu(index)
+        names.add(torch.cuda.get_device_name(index))
         free, total = torch.cuda.mem_get_info(index)
         if total - free > _OTHERS_BYTES:
             busy.append(f"GPU {index}: {(total - free) / GIB:.1f} GiB in use")
