@@ -2,10 +2,11 @@
 
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ class MetricsLog:
     """Only rank 0 writes; on the others every method does nothing.
 
     Rows go to `folder/metrics.jsonl`, one JSON object a line with a "kind": "step", "eval",
-    "sample", "event". A resumed run appends; rows of steps at or after the one it resumes from
-    are dropped first, so that each step stands there once. UserError, and no rows yet, if one of
-    the sinks cannot be opened.
+    "sample", "event"; what is no number is null (`plain`). A resumed run appends; rows of steps at
+    or after the one it resumes from are dropped first, so that each step stands there once.
+    UserError, and no rows yet, if one of the sinks cannot be opened.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class MetricsLog:
         """One line of metrics.jsonl; numbers also go to the other sinks as kind/name."""
         if not self._active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        line = json.dumps(plain({"kind": kind, "step": step, **values}), allow_nan=False)
+        self._file.write(line + "\n")
         self._file.flush()
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         for sink in self._sinks:
@@ -86,6 +88,17 @@ class MetricsLog:
             self._file.close()
             for sink in self._sinks:
                 sink.close()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries; what JSON has no word for, nan and infinity, as None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_sinks(names: Sequence[str]) -> None:

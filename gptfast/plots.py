@@ -1,5 +1,6 @@
 """Pictures of a run, from its metrics file."""
 
+import math
 from pathlib import Path
 
 from gptfast.metrics import read_rows
@@ -27,16 +28,20 @@ def plot_run(folder: Path, title: str) -> Path:
         return row["tokens"] / 1e6 if counted else row["step"]
 
     learned = "reward" if steps and "reward" in steps[0] else "loss"
-    left.plot([when(row) for row in steps], [row[learned] for row in steps], linewidth=0.8)
+    # What is no number leaves a gap.
+    values = [math.nan if row[learned] is None else row[learned] for row in steps]
+    left.plot([when(row) for row in steps], values, linewidth=0.8)
     left.set(ylabel="mean reward" if learned == "reward" else "training loss, nats a token")
     for name in dict.fromkeys(name for row in evaluations for name in row):
         if name in ("kind", "step", "tokens"):
             continue
         # Some figures are not made at every evaluation.
-        found = [(when(row), row[name]) for row in evaluations if name in row]
+        found = [(when(row), row[name]) for row in evaluations if row.get(name) is not None]
+        if not found:
+            continue
         right.plot(*zip(*found, strict=True), marker=".", label=_LABELS.get(name, name))
     right.set(ylabel="validation")
-    if evaluations:
+    if right.lines:
         right.legend()
     for axes in (left, right):
         axes.set(xlabel="million tokens" if counted else "steps")

@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import math
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +17,7 @@ from gptfast.errors import UserError
 from gptfast.lock import lock_folder
 from gptfast.loop import TrainingDivergedError
 from gptfast.machine import describe_machine
+from gptfast.metrics import plain
 from gptfast.parallel import World, launcher
 from gptfast.plan import Summary
 from gptfast.plots import plot_run
@@ -180,7 +179,9 @@ def end_run(
     else:
         before, after = summary.evaluations[0], summary.evaluations[-1]
         names = [n for n in after if n in before and n not in ("step", "tokens")]
-        figures = ", ".join(f"{n} {before[n]:.4f} -> {after[n]:.4f}" for n in names)
+        # Of a resumed run, what was no number is None.
+        pairs = [(n, before[n], after[n]) for n in names if None not in (before[n], after[n])]
+        figures = ", ".join(f"{name} {first:.4f} -> {last:.4f}" for name, first, last in pairs)
         speed = summary.tokens_per_second
         speed = "" if speed is None else f", {speed:,.0f} tokens/s"
         say(
@@ -225,17 +226,6 @@ def write_json(path: Path, value: object) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses as dictionaries; what JSON has no word for, nan and infinity, as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_section(folder: Path, title: str, body: str) -> None:

@@ -25,14 +25,14 @@ from gptfast.config_chat import SourceSettings
 from gptfast.evaluate.loading import find_checkpoint, load_tokenizer
 from gptfast.ledger import LEDGER_FILE, Job, StepProfiler, parse_steps
 from gptfast.loop import Loader, Trainer
-from gptfast.metrics import MetricsLog, check_sinks
+from gptfast.metrics import MetricsLog, check_sinks, plain
 from gptfast.model import GPT, GPTConfig, parameter_counts
 from gptfast.nvml import EnergyMeter
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
 from gptfast.plan import Plan, Summary
 from gptfast.preflight import MemoryNeed, check_disk
-from gptfast.run import end_run, environment, find_run, open_run_folder, plain, write_start
+from gptfast.run import end_run, environment, find_run, open_run_folder, write_start
 from gptfast.schedule import learning_rate_multiplier
 from gptfast.state import ResumableLoader, RunState
 from gptfast.tokenizer import Tokenizer

@@ -1,12 +1,14 @@
 """The rows of a run: what a resumed one keeps, and what a full disk must not take."""
 
 import json
+import math
 import resource
 from pathlib import Path
 
 import pytest
 
 from gptfast.metrics import MetricsLog
+from gptfast.plots import plot_run
 
 
 def write_rows(folder: Path, steps: int) -> list[str]:
@@ -39,3 +41,24 @@ def test_rows_outlive_a_resume_on_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_what_is_no_number_is_null_and_leaves_a_gap_in_the_picture(tmp_path):
+    log = MetricsLog(tmp_path, active=True)
+    for step, loss in enumerate((2.0, math.nan, math.inf, 1.0)):
+        log.row("step", step, loss=loss, tokens=8 * step)
+    log.row("eval", 4, val_bpb=math.nan, tokens=32)
+    log.row("sample", 4, samples=["NaN"])
+    log.close()
+
+    def refuse(word: str) -> None:
+        pytest.fail(f"{word} is no JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row.get("loss") for row in rows] == [2.0, None, None, 1.0, None, None]
+    assert rows[4:] == [
+        {"kind": "eval", "step": 4, "val_bpb": None, "tokens": 32},
+        {"kind": "sample", "step": 4, "samples": ["NaN"]},
+    ]
+    assert plot_run(tmp_path, "with gaps").read_bytes().startswith(b"\x89PNG")
