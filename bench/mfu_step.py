@@ -24,7 +24,7 @@ from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import Optimizer, build_optimizer
 from gptfast.parallel import World
 from gptfast.plan import Plan
-from gptfast.preflight import MemoryNeed, prepare_text
+from gptfast.preflight import MemoryNeed, check_kernels, prepare_text
 from gptfast.run import environment
 from gptfast.schedule import muon_momentum
 
@@ -158,6 +158,7 @@ class Session:
             processes=world.size,
             shards=world.local_size,
         )
+        check_kernels(system.kernels, world.device)
         say(memory_need(settings, world).check())
         self.dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         self.attention = choose_attention(

@@ -33,6 +33,7 @@ from gptfast.tasks import Task, chat_task
 from gptfast.tasks.embedded import ChosenSums
 from gptfast.tokenizer import Tokenizer, train_tokenizer
 from kernels.cross_entropy import CHUNKS
+from kernels.launch import INTERPRETED
 
 
 def prepare_text(
@@ -158,6 +159,15 @@ def _cached_tokenizer(cache: Path, corpus: Corpus, vocab_size: int, limits: dict
     digest = hashlib.sha256(json.dumps([corpus.identity, files, limits]).encode()).hexdigest()
     folder = tokenizer_folder(cache, corpus.name, vocab_size)
     return folder.with_name(f"{folder.name}-{digest[:8]}")
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """UserError where Triton's kernels are asked for and plain PyTorch would run: on a CPU, unless
+    Triton interprets them (TRITON_INTERPRET=1)."""
+    if kernels == "triton" and device.type == "cpu" and not INTERPRETED:
+        raise UserError(
+            "--kernels triton takes a GPU, and this runs on the CPU: give --kernels reference"
+        )
 
 
 @dataclass(frozen=True)

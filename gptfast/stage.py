@@ -31,7 +31,7 @@ from gptfast.nvml import EnergyMeter
 from gptfast.optim import build_optimizer
 from gptfast.parallel import World
 from gptfast.plan import Plan, Summary
-from gptfast.preflight import MemoryNeed, check_disk
+from gptfast.preflight import MemoryNeed, check_disk, check_kernels
 from gptfast.run import end_run, environment, find_run, open_run_folder, write_start
 from gptfast.schedule import learning_rate_multiplier
 from gptfast.state import ResumableLoader, RunState
@@ -140,6 +140,7 @@ class Stage:
         system, run = settings.system, settings.run
         self._profile_steps = parse_steps(run.profile_steps) if run.profile_steps else None
         check_sinks(run.log_to)
+        check_kernels(system.kernels, world.device)
         self.folder = open_run_folder(
             run.out, f"{name}-d{config.n_layer}", settings, world, resume=run.resume, say=say
         )

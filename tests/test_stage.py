@@ -16,6 +16,7 @@ from gptfast.checkpoint.files import load_full_state, read_manifest
 from gptfast.config import LearningSettings, OptimSettings, RunSettings
 from gptfast.config_chat import CPU_SYSTEM, MidSettings, SourceSettings
 from gptfast.errors import UserError
+from gptfast.evaluate.loading import Placement
 from gptfast.loop import Trainer
 from gptfast.model import GPT
 from gptfast.plan import Plan
@@ -139,6 +140,23 @@ def test_steps_to_profile_are_checked_before_anything_is_made(tmp_path):
     ):
         Stage("mid", settings, CONFIG, world, lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_would_not_run_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    system = replace(CPU_SYSTEM, kernels="triton")
+    settings = MidSettings(system=system, run=RunSettings(out=tmp_path / "run"))
+    told = pytest.raises(UserError, match="runs on the CPU: give --kernels reference")
+    monkeypatch.setattr("gptfast.preflight.INTERPRETED", False)
+    with parallel.start(cpu=True) as world, told:
+        Stage("mid", settings, CONFIG, world, lambda line: None)
+    assert not (tmp_path / "run").exists()
+    with told:
+        Placement(cpu, kernels="triton")
+    assert Placement(cpu).operators == "reference"
+    # Triton's interpreter runs them there.
+    monkeypatch.setattr("gptfast.preflight.INTERPRETED", True)
+    assert Placement(cpu, kernels="triton").operators == "triton"
 
 
 def test_where_else_to_log_is_checked_on_every_rank_before_anything_is_made(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from gptfast.checkpoint.files import list_steps, load_full_state, read_manifest,
 from gptfast.config import DEFAULT_CACHE, DataSettings
 from gptfast.errors import UserError
 from gptfast.model import GPT, GPTConfig, rotary_table
-from gptfast.preflight import tokenizer_folder
+from gptfast.preflight import check_kernels, tokenizer_folder
 from gptfast.run import stage_of
 from gptfast.tokenizer import Tokenizer
 
@@ -19,12 +19,15 @@ from gptfast.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs, and how. dtype, kernels: "auto" is what is fastest on the device;
-    attention: "auto" or a name in gptfast.attention.BACKENDS."""
+    attention: "auto" or a name in gptfast.attention.BACKENDS. UserError for Triton's on a CPU."""
 
     device: torch.device
     dtype: str = "auto"
     kernels: str = "auto"
     attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_kernels(self.kernels, self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
