@@ -18,6 +18,8 @@ A system message becomes the beginning of the first user message, a blank line b
 """
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from gptfast.errors import UserError
@@ -78,6 +80,16 @@ def coloured(tokenizer: Tokenizer, rendered: Rendered) -> str:
     return "|".join(
         f"{_GREEN if learned else _RED}{tokenizer.decode([id_])}{_PLAIN}"
         for id_, learned in zip(*rendered, strict=True)
+    )
+
+
+def marked(tokenizer: Tokenizer, rendered: Rendered) -> str:
+    """For a file: the text, with [[ ]] around what the assistant learns to say."""
+    pairs = zip(*rendered, strict=True)
+    runs = [(learned, [id_ for id_, _ in run]) for learned, run in groupby(pairs, itemgetter(1))]
+    return "".join(
+        f"[[{tokenizer.decode(ids)}]]" if learned else tokenizer.decode(ids)
+        for learned, ids in runs
     )
 
 

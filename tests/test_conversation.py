@@ -5,6 +5,7 @@ import pytest
 from gptfast.conversation import (
     Rendered,
     coloured,
+    marked,
     render,
     render_for_completion,
     render_messages,
@@ -141,6 +142,14 @@ def test_coloured_for_terminals(tokenizer):
             f"{green}b{plain}",
             f"{green}<|assistant_end|>{plain}",
         ]
+    )
+
+
+def test_marked_for_files(tokenizer):
+    shown = marked(tokenizer, render(tokenizer, conversation("ü?", PARTS)))
+    assert shown == (
+        "<|bos|><|user_start|>ü?<|user_end|><|assistant_start|>[[x<|python_start|>6*7<|python_end|>]]"
+        "<|output_start|>42<|output_end|>[[!<|assistant_end|>]]"
     )
 
 

@@ -67,6 +67,7 @@ RUN_BY = {
     "python train/base.py --data my_texts/ --depth 12 --vocab-size 32768": HERE,
     "python train/evaluate.py base runs/base-d12": HERE,
     "python train/mid.py --source base": HERE,
+    "python train/tokenizer.py show runs/base-d12/tokenizer my.jsonl": HERE,
     "python train/sft.py --source mid --train my.jsonl:2 gsm8k": HERE,
     "python train/rl.py --source sft": HERE,
     "python train/evaluate.py chat --source sft": HERE,
@@ -266,7 +267,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 @pytest.mark.usefixtures("plain_newton_schulz")
 def test_the_chain_at_toy_size(elsewhere, monkeypatch, capsys):
     chain = [command for command in EVERY if RUN_BY[command.text] == HERE]
-    assert len(chain) == len({command.text for command in chain}) == 10
+    assert len(chain) == len({command.text for command in chain}) == 11
     for command in chain:
         toy = next((flags for name, flags in TOY.items() if name in command.text), "")
         run([*command.words, *shlex.split(toy)], monkeypatch)
@@ -275,6 +276,7 @@ def test_the_chain_at_toy_size(elsewhere, monkeypatch, capsys):
         summary = json.loads((elsewhere / "runs" / name / "summary.json").read_text())
         assert summary["step"] > 0
     assert "val bpb" in said
+    assert "conversation 1 of 20: " in said
     assert (elsewhere / "my_model" / "model.safetensors").stat().st_size > 0
     assert "<svg" in (elsewhere / "report" / "report.html").read_text()
 

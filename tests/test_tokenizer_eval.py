@@ -156,3 +156,28 @@ def test_recipe_refuses_an_occupied_folder_before_anything(run_recipe, tmp_path)
     with pytest.raises(UserError, match="data exists already"):
         run_recipe("--out", str(tmp_path / "data"))
     assert not (tmp_path / "cache").exists()
+
+
+def show(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", "show", *map(str, arguments)])
+    recipe.main()
+
+
+def test_recipe_shows_what_is_learned_of_ones_own_conversations(tmp_path, monkeypatch, capsys):
+    Tokenizer({bytes([byte]): byte for byte in range(256)}).save(tmp_path / "tokenizer")
+    file = tmp_path / "my.jsonl"
+    turns = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"})
+    file.write_text(3 * (json.dumps({"messages": turns}) + "\n"))
+    show(monkeypatch, tmp_path / "tokenizer", file, "--count", 2)
+    said = capsys.readouterr().out
+    text = "<|bos|><|user_start|>Hi<|user_end|><|assistant_start|>[[Yes<|assistant_end|>]]\n\n"
+    assert said == "".join(
+        f"conversation {number} of 3: 10 tokens, 4 of them learned\n{text}" for number in (1, 2)
+    )
+    show(monkeypatch, tmp_path / "tokenizer", file, "--count", 1, "--max-tokens", 6)
+    (line, *_) = capsys.readouterr().out.splitlines()
+    assert line.endswith("cut after 6 of 10 tokens, 0 of them learned: SFT leaves it out")
+    # What training says of a line that is wrong.
+    file.write_text(file.read_text() + json.dumps({"messages": turns[:1]}))
+    with pytest.raises(UserError, match=r"my\.jsonl, line 4: it has 1 turn\(s\)"):
+        show(monkeypatch, tmp_path / "tokenizer", file)

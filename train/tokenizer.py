@@ -3,8 +3,11 @@
     python train/tokenizer.py --out runs/tokenizer                      65,536 tokens, FineWeb-Edu
     python train/tokenizer.py --out my_tokenizer --data my_texts/ --vocab-size 16384
     python train/tokenizer.py --out tiny --data embedded --vocab-size 4096       nothing fetched
+    python train/tokenizer.py show runs/tokenizer my.jsonl              what is learned of it
 
 Without a network, the comparison needs TIKTOKEN_CACHE_DIR to name a folder with tiktoken's files.
+`show` prints one's own conversations as SFT trains on them: green, in a terminal, is what the
+assistant learns to say.
 """
 
 import sys
@@ -15,9 +18,11 @@ import tyro
 from tqdm import tqdm
 
 from gptfast.config import DEFAULT_CACHE, at_least_one
+from gptfast.conversation import Rendered, coloured, marked, render
 from gptfast.data import Corpus, iter_texts, prepare_corpus
 from gptfast.errors import UserError
 from gptfast.run import exit_code, write_json, write_section
+from gptfast.tasks import Conversations
 from gptfast.tokenizer import Tokenizer, check_free, train_tokenizer
 from gptfast.tokenizer.evaluation import (
     compare,
@@ -55,7 +60,25 @@ class Settings:
         at_least_one(self, "train_shards", "vocab_size", "max_chars", "doc_cap")
 
 
+@dataclass(frozen=True)
+class ShowSettings:
+    tokenizer: tyro.conf.Positional[Path]
+    """Its folder: runs/sft-d20/tokenizer, say."""
+    conversations: tyro.conf.Positional[Path]
+    """.jsonl or .parquet of {"messages": [...]}; all of it is checked."""
+    count: int = 3
+    """How many to print, from the first."""
+    max_tokens: int = 2048
+    """Where each is cut: the model's sequence_len."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "count", "max_tokens")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["show"]:
+        show(tyro.cli(ShowSettings, args=sys.argv[2:], prog="tokenizer.py show"))
+        return
     settings = tyro.cli(Settings, description=__doc__)
     check_free(settings.out)
     corpus = prepare_corpus(
@@ -106,6 +129,24 @@ def evaluate(tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> dict[str, ob
     write_section(folder, "Tokenizer evaluation", render_tables(tables))
     print(render_tables(tables))
     return {label: [row.as_dict() for row in rows] for label, rows in tables.items()}
+
+
+def show(settings: ShowSettings) -> None:
+    tokenizer = Tokenizer.load(settings.tokenizer)
+    conversations = Conversations([settings.conversations])
+    draw = coloured if sys.stdout.isatty() else marked
+    for number, conversation in enumerate(conversations[: settings.count], start=1):
+        whole = render(tokenizer, conversation, max_tokens=None)
+        rendered = Rendered(*(part[: settings.max_tokens] for part in whole))
+        size, learned = f"{len(whole.ids)} tokens", sum(rendered.mask)
+        if rendered != whole:
+            size = f"cut after {settings.max_tokens} of {size}"
+        left_out = "" if learned else ": SFT leaves it out"
+        print(
+            f"conversation {number} of {len(conversations)}: {size}, {learned} of them learned"
+            f"{left_out}"
+        )
+        print(draw(tokenizer, rendered), end="\n\n")
 
 
 if __name__ == "__main__":
