@@ -24,7 +24,7 @@ _PEAKS = {
     "GH200": Peak(989e12, "NVIDIA GH200 datasheet"),
     "H100 PCIe": Peak(756e12, "NVIDIA H100 datasheet, PCIe"),
     "H100 NVL": Peak(835e12, "NVIDIA H100 NVL datasheet"),
-    "H100": Peak(989e12, "NVIDIA H100 datasheet, SXM"),
+    "H100 80GB HBM3": Peak(989e12, "NVIDIA H100 datasheet, SXM"),
     "A100": Peak(312e12, "NVIDIA A100 datasheet"),
     "L40S": Peak(362e12, "NVIDIA L40S datasheet"),
     "L4": Peak(121e12, "NVIDIA L4 datasheet"),
@@ -33,8 +33,8 @@ _PEAKS = {
     "RTX 3090": Peak(71e12, "NVIDIA Ampere GA102 paper, fp32 accumulation"),
 }
 # Behind a name of the table, a word that makes it a GPU of another rate: H200 NVL, RTX 4090 Laptop
-# GPU, RTX 4090 D, RTX 3090 Ti, A100-SXM4-40GB MIG 1g.5gb.
-_ANOTHER = {"NVL", "Laptop", "D", "Ti", "MIG"}
+# GPU, RTX 4090 D, RTX 3090 Ti, A100-SXM4-40GB MIG 1g.5gb, A100-SXM-64GB.
+_ANOTHER = {"NVL", "Laptop", "D", "Ti", "MIG", "64GB"}
 
 
 def peak(device_name: str) -> Peak | None:

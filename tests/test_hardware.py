@@ -9,6 +9,7 @@ from gptfast.hardware import REPORT_PEAK_FLOPS, mfu, peak
     ("name", "tflops"),
     [
         ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835),
@@ -38,6 +39,10 @@ def test_dense_bf16_peaks(name, tflops):
         "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
         "NVIDIA H100 NVL MIG 1g.12gb",
         "AMD Instinct MI300X",
+        "NVIDIA H100 80GB HBM2e",
+        "NVIDIA H100 64GB HBM2",
+        "NVIDIA H100",
+        "NVIDIA A100-SXM-64GB",
     ],
 )
 def test_an_unknown_gpu_gets_no_invented_figure(name):
