@@ -8,7 +8,7 @@ stage.train(plan, loader, source.tokenizer, evaluate=..., sample=..., title="...
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -218,9 +218,11 @@ class Stage:
         sample: Callable[[int], dict],
         step_figures: Callable[[], dict[str, float]] = dict,
         title: str,
+        data_figures: Mapping[str, int] | None = None,
     ) -> Summary:
         """Run the plan, from the newest checkpoint if that is asked for; close the loader. What
-        `evaluate`, `sample` and `step_figures` give: see Trainer. The title is that of the curves.
+        `evaluate`, `sample` and `step_figures` give: see Trainer. The title is that of the curves;
+        data_figures are noted in the metrics before the first step.
         """
         world, run, state = self.world, self.settings.run, self._state(loader, tokenizer)
         start_step, summary = 0, Summary(energy_joules=0.0)
@@ -229,6 +231,8 @@ class Stage:
         if world.is_main:
             tokenizer.save(self.tokenizer_folder)
         log = self._open_log(plan, start_step)
+        if data_figures:
+            log.row("event", start_step, **data_figures)
         meter = EnergyMeter(range(world.local_rank, world.local_rank + 1))
         before = summary.energy_joules
 

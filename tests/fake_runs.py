@@ -146,8 +146,10 @@ def write_stage(folder: Path, stage: str, *, steps: int = 100) -> Path:
             if stage == "mid":
                 figure = {"val_bpb": 0.41 - 0.0002 * step}
             rows.append({"kind": "eval", "step": step, "tokens": step * 1000, **figure})
+    if stage == "sft":
+        rows.insert(0, {"kind": "event", "step": 0, "training_rows": 20_843})
     write_rows(folder / "metrics.jsonl", rows)
-    write(folder / "summary.json", {"step": steps, "stopped": False, "training_rows": 20_843})
+    write(folder / "summary.json", {"step": steps, "stopped": False})
     return folder
 
 

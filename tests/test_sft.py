@@ -21,8 +21,11 @@ from gptfast.config_chat import (
     SourceSettings,
 )
 from gptfast.model import GPT, GPTConfig
+from gptfast.report.build import build_report
+from gptfast.report.runs import read_folders
 from gptfast.tasks import Conversations
 from kernels.newton_schulz import newton_schulz_ref
+from tests.fake_runs import figures as report_figures
 from tests.tuning_cases import (
     BYTES,
     CONFIG,
@@ -153,6 +156,11 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, settings):
     assert any("% full" in line for line in said)
     assert len(rows(run, "sample")[-1]["samples"]) == 5
     assert json.loads((run / "summary.json").read_text())["step"] == len(steps)
+
+
+def test_the_report_tells_how_many_conversations_trained(whole):
+    found = report_figures(build_report(read_folders([whole[0]])), "Chat SFT")
+    assert found["Training rows"] == ("90", "20,843")
 
 
 def test_only_what_the_assistant_says_counts(whole, settings, tmp_path):

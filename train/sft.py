@@ -102,6 +102,8 @@ def train(settings: SFTSettings, world: parallel.World, say: Callable[[str], Non
         evaluate=evaluation.validate,
         sample=evaluation.sample,
         title=f"supervised fine-tuning of d{config.n_layer}",
+        # As the reference counts: conversations, not the rows that they are packed into.
+        data_figures={"training_rows": len(train_tokens)},
     )
 
 

@@ -50,7 +50,7 @@ def mid_results(run: Run) -> Figures:
 def sft_results(run: Run) -> Figures:
     losses = [row["loss"] for row in run.steps if "loss" in row]
     return {
-        "Training rows": recorded(run, "training_rows"),
+        "Training rows": _last(run, "training_rows"),
         "Number of iterations": run.steps_done,
         "Training loss": losses[-1] if losses else None,
         "Validation loss": _last(run, "val_loss"),
@@ -174,11 +174,6 @@ def gpu_hours(run: Run) -> float | None:
     if run.gpu is None or run.training_seconds is None:
         return None
     return run.processes * run.training_seconds / 3600
-
-
-def recorded(run: Run, name: str) -> object:
-    """A figure by its name from the summary or the last metrics that have it."""
-    return run.summary.get(name, _last(run, name))
 
 
 def metric_of(evaluation: Mapping, name: str) -> float | None:

@@ -162,6 +162,8 @@ def _notes(stage: str, run: Run | None) -> dict[str, str]:
     if own := hardware.peak(run.gpu) if run and run.gpu else None:
         source = f"of {own.bf16_flops / 1e12:g} TFLOP/s, dense bf16 ({own.source})"
         notes["MFU of this GPU's own peak %"] = source
+    if stage == "sft":
+        notes["Training rows"] = "conversations; ours are packed, several to a row"
     if stage == "base":
         gpus, gpu = reference()["gpus"], short_gpu(reference()["gpu"])
         theirs = _theirs(BASE)["MFU %"] * hardware.REPORT_PEAK_FLOPS / gpu_peak()
