@@ -132,6 +132,10 @@ def test_time_energy_and_money_are_told_on_equal_terms(report):
     assert found["The same on 8 × H200 (prediction)"] == ("2 h 26 m", "6 h 34 m")
     assert found["Everything but RL, at that price"] == ("$72.46", "$117.90")
     assert found["The same at $1.79 on both sides"] == ("$37.06", "$117.90")
+    # RL's 3,600 s besides.
+    assert found["Everything with RL, wall clock"] == ("6 h 10 m", "not told")
+    assert found["Everything with RL, GPU-hours"] == ("24.7", "not told")
+    assert found["Everything with RL, at that price"] == ("$86.46", "not told")
     # 2,800 W for 22,232 s; and base's 17,532 s.
     assert found["Energy of the GPUs, all steps"] == ("17.29 kWh", "not told")
     assert found["Mean power of a GPU"] == ("700 W", "not told")
@@ -157,6 +161,11 @@ def test_tiles_and_notices_say_what_limits_the_comparison(report):
     )
     assert tiles["Tokens/s a GPU"].reference == "59,537"
     assert tiles["Bits per byte"].ours == "0.8000"
+    # The reference's leaves RL out: what ours took is beside what compares.
+    hours, money = tiles["GPU-hours without RL"], tiles["Money without RL"]
+    assert (hours.ours, money.ours) == ("20.7", "$72.46")
+    assert hours.note.startswith("with RL 24.7; 5 h 10 m without RL; reference: 8 h 14 m")
+    assert money.note.startswith("$86.46 with RL; at $3.50")
     assert report.notices == (
         "Trained on /data/corpus, not on the reference's FineWeb-Edu: bits per byte and scores are "
         "not comparable with its.",
@@ -218,6 +227,19 @@ def test_sft_and_rl_show_their_own_figures(report):
     rl = figures(report, "Chat RL")
     assert rl["Mean reward, first tenth"][0] == "0.0450"
     assert rl["Mean reward, last tenth"][0] == "0.9450"
+
+
+def test_without_rl_time_and_money_are_of_everything(tmp_path):
+    fake_runs.write_everything(tmp_path)
+    file = tmp_path / "speedrun-d20" / "speedrun.json"
+    state = json.loads(file.read_text())
+    del state["steps"]["rl"]
+    file.write_text(json.dumps(state))
+    report = build_report(read_folders([tmp_path]))
+    tiles = {tile.label: tile for tile in report.tiles}
+    assert tiles["GPU-hours in all"].ours == "20.7"
+    assert tiles["Money in all"].note.startswith("at $3.50")
+    assert not [name for name in figures(report, "Time, energy, money") if "with RL" in name]
 
 
 def test_two_runs_of_a_stage_are_refused(tmp_path):

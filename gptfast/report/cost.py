@@ -54,9 +54,21 @@ class Cost:
     @property
     def wall_seconds(self) -> float | None:
         """Of all steps but RL's; None if no speedrun recorded them and no run tells when it was."""
+        return self._seconds(without=_NOT_COUNTED)
+
+    @property
+    def wall_seconds_with_rl(self) -> float | None:
+        """As wall_seconds, of all steps; None also where there was no RL."""
+        return self._seconds() if self.had_rl else None
+
+    @property
+    def had_rl(self) -> bool:
+        return any(name in _NOT_COUNTED for name in self.steps or self.folders.runs)
+
+    def _seconds(self, *, without: Sequence[str] = ()) -> float | None:
         if self.steps:
-            return sum(s["seconds"] for n, s in self.steps.items() if n not in _NOT_COUNTED)
-        runs = [run for stage, run in self.folders.runs.items() if stage != "rl"]
+            return sum(s["seconds"] for n, s in self.steps.items() if n not in without)
+        runs = [run for stage, run in self.folders.runs.items() if stage not in without]
         first = [run.environment.get("started") for run in runs]
         last = [run.summary.get("ended") for run in runs]
         if not runs or None in first or None in last:
@@ -66,12 +78,14 @@ class Cost:
 
     @property
     def all_gpu_hours(self) -> float | None:
-        seconds = self.wall_seconds
+        """Of all steps but RL's."""
+        return self._hours(self.wall_seconds)
+
+    def _hours(self, seconds: float | None) -> float | None:
+        """GPU-hours of so many seconds."""
         return seconds * self.gpus / 3600 if seconds and self.gpus else None
 
-    @property
-    def dollars(self) -> float | None:
-        hours = self.all_gpu_hours
+    def _dollars(self, hours: float | None) -> float | None:
         return hours * self.price.dollars if hours and self.price else None
 
     @property
@@ -89,11 +103,16 @@ class Cost:
         return f"${self.gpus * self.price.dollars:.2f}/hour"
 
     def tiles(self) -> tuple[Tile, ...]:
-        """Base training's time, GPU-hours and dollars of everything."""
+        """Base training's time; GPU-hours and dollars of all that the reference ran, too, and of
+        RL, if there was any, in the note."""
         base_hours = gpu_hours(self.base) if self.base else None
         theirs = _reference_hours()
         their_base = reference()["sections"]["Base model training"]["Total training time"]
         seconds = self.base.training_seconds if self.base else None
+        of_what = "without RL" if self.had_rl else "in all"
+        hours, all_hours = self.all_gpu_hours, self._hours(self.wall_seconds_with_rl)
+        with_rl = f"with RL {_number(all_hours)}; " if all_hours else ""
+        money_with_rl = _ours(_money(self._dollars(all_hours)), " with RL")
         return (
             Tile(
                 "Base training",
@@ -103,18 +122,18 @@ class Cost:
                 "GPU-hours",
             ),
             Tile(
-                "GPU-hours in all",
-                _number(self.all_gpu_hours),
+                f"GPU-hours {of_what}",
+                _number(hours),
                 f"{theirs['all']:.1f}",
-                note=f"{duration(self.wall_seconds)} in all; reference: "
+                note=f"{with_rl}{duration(self.wall_seconds)} {of_what}; reference: "
                 f"{duration(reference()['wall_clock_seconds'])} on {hardware_name()}",
             ),
             Tile(
-                "Money",
-                _money(self.dollars),
+                f"Money {of_what}",
+                _money(self._dollars(hours)),
                 _money(theirs["all"] * reference()["price_per_gpu_hour"]),
-                note=f"{self._own_price()}reference: at ${reference()['price_per_gpu_hour']:.2f} a "
-                "GPU-hour",
+                note=f"{money_with_rl}{self._own_price()}reference: at "
+                f"${reference()['price_per_gpu_hour']:.2f} a GPU-hour",
             ),
         )
 
@@ -152,6 +171,8 @@ class Cost:
                 duration(reference()["wall_clock_seconds"]),
             ),
             ("Everything but RL, GPU-hours", _number(self.all_gpu_hours), f"{theirs['all']:.1f}"),
+            *self._with_rl("wall clock", duration(self.wall_seconds_with_rl)),
+            *self._with_rl("GPU-hours", _number(self._hours(self.wall_seconds_with_rl))),
             ("Base training, wall clock", duration(seconds), duration(60 * minutes)),
             (
                 "Base training, GPU-hours",
@@ -200,8 +221,11 @@ class Cost:
             ("Price of a GPU-hour", own, f"${their_price:.2f}"),
             (
                 "Everything but RL, at that price",
-                _money(self.dollars),
+                _money(self._dollars(hours)),
                 _money(theirs["all"] * their_price),
+            ),
+            *self._with_rl(
+                "at that price", _money(self._dollars(self._hours(self.wall_seconds_with_rl)))
             ),
             (
                 f"The same at ${their_price:.2f} on both sides",
@@ -209,6 +233,10 @@ class Cost:
                 _money(theirs["all"] * their_price),
             ),
         ]
+
+    def _with_rl(self, what: str, figure: str) -> list[tuple[str, str, str]]:
+        """The row of everything, where it is more than everything but RL."""
+        return [(f"Everything with RL, {what}", figure, "not told")] if self.had_rl else []
 
     def _energy_rows(self) -> list[tuple[str, str, str]]:
         joules, tokens = self.joules, self.base.tokens if self.base else None
@@ -234,7 +262,7 @@ class Cost:
     def _steps_table(self) -> Table:
         rows = []
         for name, step in self.steps.items():
-            hours = step["seconds"] * self.gpus / 3600 if self.gpus else None
+            hours = self._hours(step["seconds"])
             joules = step.get("energy_joules")
             rows.append(
                 (
@@ -244,7 +272,7 @@ class Cost:
                     str(step.get("attempts", 1)),
                     _number(hours),
                     f"{joules / _KWH:.3f}" if joules is not None else MISSING,
-                    _money(hours * self.price.dollars if hours and self.price else None),
+                    _money(self._dollars(hours)),
                 )
             )
         columns = ("Step", "Ended", "Took", "Attempts", "GPU-hours", "kWh", "Money")
