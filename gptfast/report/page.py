@@ -152,9 +152,14 @@ def _fact(fact: Fact) -> str:
     """A row, and its note in one of its own below it."""
     note = f'<tr class="note"><td colspan="3">{escape(fact.note)}</td></tr>' if fact.note else ""
     return (
-        f"<tr><th>{escape(fact.label)}</th><td>{escape(fact.ours)}</td>"
+        f"<tr><th>{_breakable(fact.label)}</th><td>{escape(fact.ours)}</td>"
         f'<td class="theirs">{escape(fact.reference)}</td></tr>{note}'
     )
+
+
+def _breakable(name: str) -> str:
+    """With places where a narrow column may break the name of a setting."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _table(table: Table) -> str:
