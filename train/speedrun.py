@@ -6,6 +6,7 @@
     python train/speedrun.py --depth 12 --data my_texts/ --rl
     python train/speedrun.py --nodes 2 --node-rank 0 --master-addr HOST     the same on each node
 
+Conversations, tasks and the CORE bundle are fetched first, so that a missing network is told now.
 The same command again goes on where it stopped: what is done and unchanged is not done again. No
 torchrun: it is started for each step. Without a GPU it is a toy that needs no network.
 """
@@ -41,6 +42,7 @@ from gptfast.speedrun import (
     launch_command,
     make_plan,
     run_plan,
+    with_fetching,
 )
 
 # What a stage trains on and is validated on unless its flags say otherwise.
@@ -70,10 +72,12 @@ class Terminal:
 def main() -> None:
     settings = tyro.cli(SpeedrunSettings, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     plan = make_plan(settings, gpus=torch.cuda.device_count())
-    stages = read_flags(plan, nodes=settings.node.nodes)
-    check_stages(stages, processes=plan.processes * settings.node.nodes)
+    nodes = settings.node.nodes
+    stages = read_flags(plan, nodes=nodes)
+    check_stages(stages, processes=plan.processes * nodes)
+    plan = with_fetching(plan, stages, settings.cache, nodes=nodes)
     if settings.check or settings.dry_run:
-        here = Here.look(plan, settings.node.nodes)
+        here = Here.look(plan, nodes)
         if settings.check:
             raise SystemExit(check(plan, settings, stages, here))
         disks, price = disk_needs(plan, stages, settings.cache), settings.price_per_gpu_hour
@@ -83,8 +87,8 @@ def main() -> None:
 
 
 def read_flags(plan: Plan, *, nodes: int) -> dict[str, Any]:
-    """What each training stage's recipe will understand. Those of the other steps are read, too:
-    mistakes in flags show now, not in hours."""
+    """What the recipe of each step that trains or evaluates will understand. Mistakes in flags show
+    now, not in hours."""
     on_gpu = plan.on_gpu
     kinds = {
         "base": (BaseSettings, preset(on_gpu=on_gpu, processes=plan.processes * nodes)),
@@ -105,7 +109,8 @@ def read_flags(plan: Plan, *, nodes: int) -> dict[str, Any]:
             )
         elif step.script == "train/evaluate.py":
             what, *arguments = step.arguments
-            tyro.cli(EVALUATIONS[what], prog=f"{step.script} {what}", args=arguments)
+            prog = f"{step.script} {what}"
+            stages[step.name] = tyro.cli(EVALUATIONS[what], prog=prog, args=arguments)
     return stages
 
 

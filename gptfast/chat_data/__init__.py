@@ -9,6 +9,7 @@ from gptfast.chat_data.mixture import (
     Mixture,
     Mixtures,
     check_parts,
+    folders_to_fetch,
     open_mixtures,
 )
 from gptfast.chat_data.rows import PackedRows, StreamRows
@@ -26,6 +27,7 @@ __all__ = [
     "StreamRows",
     "Tokens",
     "check_parts",
+    "folders_to_fetch",
     "open_mixtures",
     "tokenise",
 ]

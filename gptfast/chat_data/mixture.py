@@ -128,15 +128,30 @@ def open_mixtures(
 
 def check_parts(settings: MixtureSettings, *, train: Sequence[str], val: Sequence[str]) -> None:
     """UserError for what `open_mixtures` would not find on this disk; fetches nothing."""
-    held_out = settings.train and not settings.val
-    parts = (*(settings.train or train), *(() if held_out else settings.val or val))
-    for part in map(Part.parse, parts):
+    for part in _parts(settings, train, val):
         if part.name not in (EMBEDDED, *_NAMED):
             _own_files(Path(part.name).expanduser())
         elif part.name in _NAMED and settings.chat_data is not None:
             folder = settings.chat_data.expanduser() / _NAMED[part.name][0]
             if not folder.is_dir():
                 raise UserError(f"no {part.name} in --chat-data: no folder {folder}")
+
+
+def folders_to_fetch(
+    settings: MixtureSettings, *, train: Sequence[str], val: Sequence[str]
+) -> set[str]:
+    """What `open_mixtures` would fetch if it is not in the cache: names for gptfast.tasks.fetch."""
+    if settings.chat_data is not None:
+        return set()
+    named = {part.name for part in _parts(settings, train, val)} & _NAMED.keys()
+    return {_NAMED[name][0] for name in named}
+
+
+def _parts(settings: MixtureSettings, train: Sequence[str], val: Sequence[str]) -> list[Part]:
+    """Of both mixtures; where validation is held out of training, of the latter."""
+    held_out = settings.train and not settings.val
+    parts = (*(settings.train or train), *(() if held_out else settings.val or val))
+    return [Part.parse(part) for part in parts]
 
 
 def _open_parts(

@@ -26,7 +26,7 @@ def disk_needs(plan: Plan, stages: Mapping[str, Any], cache: Path) -> list[DiskN
     """
     base = stages["base"]
     checkpoint = checkpoint_bytes(config_of(base))
-    trained = [step for step in plan.steps if step.name in stages]
+    trained = [step for step in plan.steps if step.resumable]
     runs = checkpoint * sum(_checkpoints(step, stages[step.name].run.keep) for step in trained)
     wanted: dict[int, tuple[Path, float]] = {}
     for folder, needed in ((plan.folder, runs), (cache, _missing_text(base, cache))):

@@ -23,6 +23,7 @@ from gptfast.report.prices import price
 from gptfast.report.reference import gpu_peak, reference
 from gptfast.report.spelling import count, duration
 from gptfast.schedule import horizon
+from gptfast.speedrun.fetching import missing_bytes
 from gptfast.speedrun.plan import Plan, Step
 from kernels.cross_entropy import CHUNKS
 
@@ -41,6 +42,7 @@ _START_SECONDS = {"gpu": 40.0, "cpu": 12.0}
 _CPU_SHARE = 0.3
 _CPU_SECONDS = {"tokenizer": 15, "loss": 30, "core": 600, "mid": 60, "sft": 60, "rl": 120}
 SHARD_BYTES = 100e6
+_FETCH_BYTES_PER_SECOND = 20e6
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,10 @@ def memory_estimate(base: BaseSettings, here: Here) -> MemoryEstimate:
 def estimate(step: Step, stages: Mapping[str, Any], here: Here) -> Estimate:
     if step.name == "report":
         return Estimate(step.name, 10.0, "run folders")
+    if step.name == "fetch":
+        size = missing_bytes(step)
+        ground = f"{_FETCH_BYTES_PER_SECOND / 1e6:.0f} MB/s, supposed" if size else "all is there"
+        return Estimate(step.name, size / _FETCH_BYTES_PER_SECOND, ground, "", size)
     if step.name == "base":
         return _base(stages["base"], here)
     if step.name in ("mid", "sft", "rl"):
