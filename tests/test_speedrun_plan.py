@@ -16,10 +16,12 @@ from gptfast.config import preset
 from gptfast.config_chat import mid_preset, sft_preset
 from gptfast.errors import UserError
 from gptfast.memory import checkpoint_bytes
+from gptfast.report.spelling import duration
 from gptfast.speedrun import (
     Here,
     Plan,
     SpeedrunSettings,
+    State,
     describe_plan,
     disk_needs,
     launch_command,
@@ -27,7 +29,9 @@ from gptfast.speedrun import (
 )
 from gptfast.speedrun.estimate import DiskNeed, config_of, estimate, steps_of
 from gptfast.speedrun.settings import FlagSettings, NodeSettings
-from train.speedrun import check_stages, read_flags
+from gptfast.speedrun.state import DONE
+from tests.fake_runs import write
+from train.speedrun import check_stages, main, read_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,9 +222,9 @@ def stages_of(plan: Plan) -> dict[str, object]:
     return {"base": base, "mid": mid_preset(on_gpu=on_gpu), "sft": sft_preset(on_gpu=on_gpu)}
 
 
-def test_the_dry_run_knows_what_d20_takes():
-    plan = make_plan(SpeedrunSettings(), gpus=8)
-    stages = stages_of(plan)
+def test_the_dry_run_knows_what_d20_takes(tmp_path):
+    plan = make_plan(SpeedrunSettings(out=tmp_path), gpus=8)
+    stages, state = stages_of(plan), State(plan, {})
     base = stages["base"]
     assert steps_of(base) == 21_400
     assert checkpoint_bytes(config_of(base)) == 4 * (2 * 393_216_000 + 3 * 167_772_160)
@@ -233,16 +237,49 @@ def test_the_dry_run_knows_what_d20_takes():
     assert found.disk == pytest.approx(225 * 100e6 + 3 * 5_158_993_920)
     core = estimate(plan.step("core"), stages, here())
     assert core.seconds == pytest.approx(445 * 312 / 989, rel=1e-6)
-    lines = describe_plan(plan, stages, here(), [DiskNeed(Path("/"), 38e9, 10**12)])
+    lines = describe_plan(plan, stages, here(), [DiskNeed(Path("/"), 38e9, 10**12)], state)
     text = "\n".join(lines)
     assert "speedrun of d20 on 8 x NVIDIA H100 80GB HBM3" in lines[0]
     assert "at $3.00 (the reference report's table" in text
     assert "57% of its peak" in text
     assert lines[-2] == "disk    38.0 GB of 1000.0 GB free at /"
-    full = describe_plan(plan, stages, here(), [DiskNeed(Path("/"), 38e9, 10**9)])
+    full = describe_plan(plan, stages, here(), [DiskNeed(Path("/"), 38e9, 10**9)], state)
     assert full[-2] == "disk    38.0 GB of 1.0 GB free at /   TOO LITTLE"
-    one_dollar = "\n".join(describe_plan(plan, stages, here(), [], price_per_gpu_hour=1.0))
+    one_dollar = "\n".join(describe_plan(plan, stages, here(), [], state, price_per_gpu_hour=1.0))
     assert "at $1.00 (as given)" in one_dollar
+
+
+def test_the_dry_run_tells_what_is_done_and_estimates_what_is_left(tmp_path):
+    plan = make_plan(SpeedrunSettings(out=tmp_path), gpus=8)
+    stages, state = stages_of(plan), State(plan, {})
+    plan.folder.mkdir()
+    before = sum(estimate(step, stages, here()).seconds for step in plan.steps)
+    record = state.begin(plan.step("tokenizer"), Path("log"), anew=True)
+    record.state, record.seconds = DONE, 65.0
+    write(plan.folders["tokenizer"] / "report.json", {})
+    # Base training was killed in the middle.
+    state.begin(plan.step("base"), Path("log"), anew=True)
+    write(tmp_path / "base-d20" / "checkpoints" / "step_010700" / "manifest.json", {})
+    lines = describe_plan(plan, stages, here(), [], State(plan, {}))
+    rows = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert re.search(r"tokenizer +done .* it took 1 m 05 s", rows["tokenizer"])
+    base = estimate(plan.step("base"), stages, here()).seconds
+    assert f" {duration(base / 2)} " in rows["base"]
+    assert "11.2 B tokens, 21,400 steps, 10,700 done" in rows["base"]
+    assert "done" not in rows["mid"]
+    tokenizer = estimate(plan.step("tokenizer"), stages, here()).seconds
+    assert f"time    {duration(before - base / 2 - tokenizer)}" in lines
+
+
+def test_the_dry_run_tells_what_would_be_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "base-d2").mkdir()
+    (tmp_path / "base-d2" / "precious").touch()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["speedrun.py", "--dry-run", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match="base-d2 holds something that this speedrun did not make"):
+        main()
+    assert "speedrun of d2 on CPU" in capsys.readouterr().out
+    assert not (tmp_path / "speedrun-d2").exists()
 
 
 def test_room_is_asked_of_the_disk_that_is_written_to(tmp_path, monkeypatch):
@@ -277,7 +314,9 @@ def test_room_is_asked_of_the_disk_that_is_written_to(tmp_path, monkeypatch):
 
 def test_of_an_unknown_gpu_no_time_and_no_price_is_invented():
     plan = make_plan(SpeedrunSettings(), gpus=8)
-    text = "\n".join(describe_plan(plan, stages_of(plan), here(gpu="Brandnew 1"), []))
+    text = "\n".join(
+        describe_plan(plan, stages_of(plan), here(gpu="Brandnew 1"), [], State(plan, {}))
+    )
     assert "unknown  11.2 B tokens" in text
     assert "at least" in text
     assert "unknown: no price of this GPU" in text
@@ -286,7 +325,7 @@ def test_of_an_unknown_gpu_no_time_and_no_price_is_invented():
 def test_the_toys_dry_run():
     plan = make_plan(SpeedrunSettings(), gpus=0)
     here_ = here(gpu=None, gpus=0, gpu_memory=0, cpu_flops=50e9)
-    text = "\n".join(describe_plan(plan, stages_of(plan), here_, []))
+    text = "\n".join(describe_plan(plan, stages_of(plan), here_, [], State(plan, {})))
     assert "61.4 K tokens, 60 steps" in text
     assert "core       left out: offline, and no --core-bundle given" in text
     assert "money" not in text

@@ -1,7 +1,7 @@
 """The whole pipeline with one command: tokenizer, base, mid, SFT, evaluations, report.
 
     python train/speedrun.py                      the report's d20 on all GPUs of this machine
-    python train/speedrun.py --dry-run            what it would do, take and cost
+    python train/speedrun.py --dry-run            what is left to do, take and cost
     python train/speedrun.py --check              whether everything that it needs works here
     python train/speedrun.py --depth 12 --data my_texts/ --rl
     python train/speedrun.py --nodes 2 --node-rank 0 --master-addr HOST     the same on each node
@@ -34,8 +34,10 @@ from gptfast.speedrun import (
     Here,
     Plan,
     SpeedrunSettings,
+    State,
     StepFailedError,
     StoppedError,
+    check_folders,
     describe_plan,
     disk_needs,
     follow,
@@ -81,7 +83,9 @@ def main() -> None:
         if settings.check:
             raise SystemExit(check(plan, settings, stages, here))
         disks, price = disk_needs(plan, stages, settings.cache), settings.price_per_gpu_hour
-        print("\n".join(describe_plan(plan, stages, here, disks, price_per_gpu_hour=price)))
+        state = State(plan, machine={})
+        print("\n".join(describe_plan(plan, stages, here, disks, state, price_per_gpu_hour=price)))
+        check_folders(plan.steps, state)
         return
     raise SystemExit(run(plan, settings))
 

@@ -10,6 +10,7 @@ runner      runs what is not done yet
 nodes       the same command on several nodes
 """
 
+from gptfast.speedrun.decide import check_folders
 from gptfast.speedrun.disk import disk_needs
 from gptfast.speedrun.estimate import Here, describe_plan
 from gptfast.speedrun.fetching import with_fetching
@@ -17,14 +18,17 @@ from gptfast.speedrun.nodes import Followers, follow
 from gptfast.speedrun.plan import Plan, launch_command, make_plan
 from gptfast.speedrun.runner import StepFailedError, StoppedError, run_plan
 from gptfast.speedrun.settings import SpeedrunSettings
+from gptfast.speedrun.state import State
 
 __all__ = [
     "Followers",
     "Here",
     "Plan",
     "SpeedrunSettings",
+    "State",
     "StepFailedError",
     "StoppedError",
+    "check_folders",
     "describe_plan",
     "disk_needs",
     "follow",

@@ -22,16 +22,24 @@ def decide(step: Step, state: State) -> str:
     return CONTINUE if step.resumable and _has_checkpoint(step) else ANEW
 
 
-def check(steps: Sequence[Step], state: State) -> None:
+def decide_all(steps: Sequence[Step], state: State) -> dict[str, str]:
+    """For each step by its name, if those before it are done as decided."""
+    todo: dict[str, str] = {}
+    for step in steps:
+        remade = any(todo.get(name) == ANEW for name in step.after)
+        todo[step.name] = ANEW if remade else decide(step, state)
+    return todo
+
+
+def check_folders(steps: Sequence[Step], state: State) -> None:
     """UserError if a step would overwrite what it did not begin itself, or what was finished: that
     is for the user to remove. What a step began and did not bring to a checkpoint is not asked
     for."""
-    made_anew: set[str] = set()
+    todo = decide_all(steps, state)
     for step in steps:
-        remade = made_anew & set(step.after)
-        if not remade and decide(step, state) != ANEW:
+        if todo[step.name] != ANEW:
             continue
-        made_anew.add(step.name)
+        remade = {name for name in step.after if todo.get(name) == ANEW}
         reason = _why_not(step, state, remade)
         if reason and step.owns and _holds_anything(step.owns):
             raise UserError(

@@ -7,13 +7,14 @@ timestamps. Both are guesses until a run has been made, and say what they rest o
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gptfast import hardware
+from gptfast.checkpoint.files import list_steps
 from gptfast.config import BaseSettings, SystemSettings, accumulation_steps
 from gptfast.config_chat import MidSettings, SFTSettings
 from gptfast.data import shards_for
@@ -23,8 +24,10 @@ from gptfast.report.prices import price
 from gptfast.report.reference import gpu_peak, reference
 from gptfast.report.spelling import count, duration
 from gptfast.schedule import horizon
+from gptfast.speedrun.decide import CONTINUE, SKIP, decide_all
 from gptfast.speedrun.fetching import missing_bytes
 from gptfast.speedrun.plan import Plan, Step
+from gptfast.speedrun.state import State
 from kernels.cross_entropy import CHUNKS
 
 # Share of a GPU's own dense bf16 peak that whole steps reached (H200, torch 2.11, 2026-11-23,
@@ -116,23 +119,46 @@ def describe_plan(
     stages: Mapping[str, Any],
     here: Here,
     disks: Sequence[DiskNeed],
+    state: State,
     *,
     price_per_gpu_hour: float | None = None,
 ) -> list[str]:
-    """Lines for a terminal: each step, then the totals.
+    """Lines for a terminal: each step, then the totals of what is left of them.
 
-    stages: base, mid, sft, rl -> the settings that the plan's commands come to.
+    stages: base, mid, sft, rl -> the settings that the plan's commands come to. state: what has
+    been done.
     """
-    found = [estimate(step, stages, here) for step in plan.steps]
+    todo = decide_all(plan.steps, state)
+    found = [
+        _left(step, todo[step.name], estimate(step, stages, here), stages, state)
+        for step in plan.steps
+    ]
     where = f"{here.gpus * here.nodes} x {here.gpu}" if here.gpu else "CPU"
     lines = [f"speedrun of d{plan.depth} on {where}, {here.nodes} node(s)", ""]
     lines.append(f"  {'step':10} {'about':>10}  {'work':26} {'disk':>8}  resting on")
     for e in found:
         took = duration(e.seconds) if e.seconds is not None else "unknown"
+        took = "done" if todo[e.step] == SKIP else took
         disk = f"{e.disk / 1e9:.1f} GB" if e.disk else ""
         lines.append(f"  {e.step:10} {took:>10}  {e.work:26} {disk:>8}  {e.ground}")
     lines += [f"  {name:10} left out: {why}" for name, why in plan.missing]
     return [*lines, "", *_totals(found, stages["base"], here, disks, price_per_gpu_hour)]
+
+
+def _left(
+    step: Step, todo: str, whole: Estimate, stages: Mapping[str, Any], state: State
+) -> Estimate:
+    """What of the step is still to be spent."""
+    if todo == SKIP:
+        took = f"it took {duration(state.records[step.name].seconds)}"
+        return replace(whole, seconds=0.0, ground=took, disk=0.0)
+    if todo != CONTINUE or step.owns is None:
+        return whole
+    done = max(list_steps(step.owns / "checkpoints"))
+    if step.name != "base" or whole.seconds is None:
+        return replace(whole, ground=f"the whole of it; it goes on at step {done:,}")
+    share = 1 - done / steps_of(stages["base"])
+    return replace(whole, seconds=share * whole.seconds, work=f"{whole.work}, {done:,} done")
 
 
 def _totals(

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from gptfast.report.spelling import duration
 from gptfast.speedrun.attempt import Attempt, locked
-from gptfast.speedrun.decide import ANEW, CONTINUE, SKIP, check, decide, lacking
+from gptfast.speedrun.decide import ANEW, CONTINUE, SKIP, check_folders, decide, lacking
 from gptfast.speedrun.plan import Plan, Step
 from gptfast.speedrun.state import DONE, FAILED, STOPPED, Record, State, now
 
@@ -69,7 +69,7 @@ def run_plan(
         state = State(plan, machine)
         for number, step in enumerate(plan.steps, 1):
             # At first of all; later again, because the user's files may have changed meanwhile.
-            check(plan.steps[number - 1 :], state)
+            check_folders(plan.steps[number - 1 :], state)
             place = f"[{number:>2}/{len(plan.steps)}] {step.name:<9}"
             log = plan.folder / "logs" / f"{number:02d}-{step.name}.log"
             todo = decide(step, state)

@@ -79,7 +79,7 @@ class SpeedrunSettings:
     price_per_gpu_hour: float | None = None
     """Dollars; the list price of the GPU otherwise, if one is known."""
     dry_run: bool = False
-    """Say what would be run and what it would take, and stop."""
+    """Say what is done already, what would be run and what that would take, and stop."""
     check: bool = False
     """Check data, machine and kernels, and stop."""
     flags: FlagSettings = field(default_factory=FlagSettings)
