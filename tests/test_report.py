@@ -22,6 +22,7 @@ from gptfast.report.document import ABSENT, DONE, UNFINISHED, Cell, Facts, Figur
 from gptfast.report.prices import price
 from gptfast.report.reference import reference
 from gptfast.report.runs import read_folders
+from gptfast.run import write_section
 from tests import fake_runs
 from tests.fake_runs import figures
 
@@ -240,6 +241,27 @@ def test_without_rl_time_and_money_are_of_everything(tmp_path):
     assert tiles["GPU-hours in all"].ours == "20.7"
     assert tiles["Money in all"].note.startswith("at $3.50")
     assert not [name for name in figures(report, "Time, energy, money") if "with RL" in name]
+
+
+def test_a_copy_keeps_the_times_that_were_recorded(tmp_path, monkeypatch):
+    fake_runs.write_everything(tmp_path)
+    base = tmp_path / "base-d20" / "evaluation" / f"step_{fake_runs.STEPS:06d}"
+    sft = tmp_path / "sft-d20" / "evaluation" / "step_000100"
+    written = [
+        (tmp_path / "tokenizer", "Tokenizer training"),
+        (tmp_path / "tokenizer", "Tokenizer evaluation"),
+        (base, "Base model loss"),
+        (base, "Base model evaluation"),
+        (sft, "Chat evaluation sft"),
+    ]
+    for hour, (folder, title) in enumerate(written):
+        monkeypatch.setattr("gptfast.run.timestamp", lambda hour=hour: f"2026-01-01 0{hour}:00:00")
+        write_section(folder, title, "timestamp of another: none\n")
+    sections = {s.title: s for s in build_report(read_folders([tmp_path])).sections}
+    times = [sections[title].timestamp for _, title in written]
+    assert times == [f"2026-01-01 0{hour}:00:00" for hour in range(5)]
+    # Nothing tells when mid was evaluated but its file.
+    assert sections["Chat evaluation mid"].timestamp not in ("", *times)
 
 
 def test_two_runs_of_a_stage_are_refused(tmp_path):

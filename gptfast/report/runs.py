@@ -6,6 +6,7 @@ missing altogether: none of that is an error here.
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,13 @@ from gptfast.run import stage_of as stage_by_name
 _TOKENIZER_FILE = "tokenizer_config.json"
 _RUN_FILE = "settings.json"
 SPEEDRUN_FILE = "speedrun.json"
+# Of an evaluation, the section that is written beside it: see gptfast.run.write_section.
+_SECTIONS = {
+    "loss": "base-model-loss",
+    "core": "base-model-evaluation",
+    "chat": "chat-evaluation-*",
+}
+_TIMESTAMP = re.compile(r"^timestamp: (.+)$", re.MULTILINE)
 # Steps that say nothing about the speed of the rest, as the training loop has it.
 _WARMUP_STEPS = 20
 
@@ -183,10 +191,10 @@ def stage_of(folder: Path) -> str | None:
 
 def read_run(folder: Path, stage: str) -> Run:
     evaluations, times, steps = {}, {}, {}
-    for name in ("loss", "core", "chat"):
+    for name in _SECTIONS:
         for path in sorted((folder / "evaluation").glob(f"step_*/{name}.json")):
             if found := _read_json(path):
-                evaluations[name], times[name] = found, _time_of(path.parent, path.name)
+                evaluations[name], times[name] = found, _when(path, _SECTIONS[name])
                 steps[name] = int(path.parent.name.removeprefix("step_"))
     return Run(
         stage=stage,
@@ -229,8 +237,8 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
     return {
         "training": training,
         **report,
-        "timestamp": _time_of(folder, _TOKENIZER_FILE),
-        "evaluation_timestamp": _time_of(folder, "report.json"),
+        "timestamp": _when(folder / _TOKENIZER_FILE, "tokenizer-training"),
+        "evaluation_timestamp": _when(folder / "report.json", "tokenizer-evaluation"),
     }
 
 
@@ -252,6 +260,15 @@ def _read_rows(path: Path) -> list[dict]:
             # The last line of a killed run may be cut off.
             continue
     return rows
+
+
+def _when(path: Path, section: str) -> str:
+    """When a file's figures were made: as the section beside it tells, or when it was written,
+    which of a copy is something else."""
+    for beside in path.parent.glob(f"{section}.md"):
+        if told := _TIMESTAMP.search(beside.read_text(encoding="utf-8")):
+            return told[1]
+    return _time_of(path.parent, path.name)
 
 
 def _time_of(folder: Path, *names: str) -> str:
