@@ -23,6 +23,7 @@ from gptfast.report.prices import price
 from gptfast.report.reference import reference
 from gptfast.report.runs import read_folders
 from gptfast.run import write_section
+from gptfast.speedrun.attempt import locked
 from tests import fake_runs
 from tests.fake_runs import figures
 
@@ -241,6 +242,22 @@ def test_without_rl_time_and_money_are_of_everything(tmp_path):
     assert tiles["GPU-hours in all"].ours == "20.7"
     assert tiles["Money in all"].note.startswith("at $3.50")
     assert not [name for name in figures(report, "Time, energy, money") if "with RL" in name]
+
+
+def test_a_step_runs_only_while_its_speedrun_lives(tmp_path):
+    folder = fake_runs.write_speedrun(tmp_path / "speedrun-d20")
+    state = json.loads((folder / "speedrun.json").read_text())
+    state["steps"]["rl"] |= {"state": "running", "ended": ""}
+    fake_runs.write(folder / "speedrun.json", state)
+
+    def ended() -> dict[str, str]:
+        found = figures(build_report(read_folders([folder])), "Time, energy, money")
+        return {name: found[name][0] for name in ("sft", "rl")}
+
+    assert ended() == {"sft": "2026-11-22 15:00:00", "rl": "interrupted"}
+    with locked(folder, print):
+        assert ended()["rl"] == "running"
+    assert ended()["rl"] == "interrupted"
 
 
 def test_a_copy_keeps_the_times_that_were_recorded(tmp_path, monkeypatch):

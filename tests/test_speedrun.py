@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from gptfast.speedrun import (
 )
 from gptfast.speedrun.plan import Step
 from gptfast.speedrun.settings import NodeSettings
-from gptfast.speedrun.state import DONE, RUNNING, STOPPED
+from gptfast.speedrun.state import DONE, INTERRUPTED, RUNNING, STOPPED, State
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,6 +241,15 @@ def test_after_a_failure_without_a_checkpoint_other_flags_may_be_given(tmp_path)
     assert done_in(lines) == ["base", "loss", "mid", "report"]
     with pytest.raises(UserError, match="was made with --batch 16, now it is --batch 32: name"):
         run(quick_plan(tmp_path, base=["--batch", "32"]), tmp_path)
+
+
+def test_a_step_that_is_left_out_after_it_was_killed_is_not_running(tmp_path):
+    plan = quick_plan(tmp_path)
+    plan.folder.mkdir()
+    State(plan, {}).begin(plan.steps[3], Path("log"), anew=True)
+    fewer = tuple(step for step in plan.steps if step.name not in ("base", "loss", "mid"))
+    run(replace(plan, steps=fewer), tmp_path)
+    assert records(plan)["mid"]["state"] == INTERRUPTED
 
 
 def test_a_damaged_state_is_told(tmp_path):

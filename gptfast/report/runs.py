@@ -4,6 +4,7 @@ A run that was killed has no summary, its last line of metrics may be cut off, a
 missing altogether: none of that is an error here.
 """
 
+import fcntl
 import json
 import math
 import re
@@ -175,7 +176,7 @@ def read_folders(paths: Sequence[Path]) -> Folders:
     return Folders(
         runs=runs,
         tokenizer=_read_tokenizer(tokenizers[0]) if tokenizers else {},
-        speedrun=_read_json(speedruns[0] / SPEEDRUN_FILE) if speedruns else {},
+        speedrun=_read_speedrun(speedruns[0]) if speedruns else {},
     )
 
 
@@ -240,6 +241,30 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
         "timestamp": _when(folder / _TOKENIZER_FILE, "tokenizer-training"),
         "evaluation_timestamp": _when(folder / "report.json", "tokenizer-evaluation"),
     }
+
+
+def _read_speedrun(folder: Path) -> dict[str, Any]:
+    """A step that was running when all died says so for ever: unless the speedrun is alive, it was
+    interrupted."""
+    found = _read_json(folder / SPEEDRUN_FILE)
+    if not _is_alive(folder):
+        for step in found.get("steps", {}).values():
+            if step.get("state") == "running":
+                step["state"] = "interrupted"
+    return found
+
+
+def _is_alive(speedrun: Path) -> bool:
+    """Whether a process of it holds its lock; see gptfast/speedrun/attempt.py."""
+    try:
+        with (speedrun / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # Of a copy there is no lock, or there are none on its disk.
+        return False
+    return False
 
 
 def _read_json(path: Path) -> dict:

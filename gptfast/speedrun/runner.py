@@ -67,6 +67,7 @@ def run_plan(
     """
     with locked(plan.folder, console.status) as lock:
         state = State(plan, machine)
+        state.note_interrupted()
         for number, step in enumerate(plan.steps, 1):
             # At first of all; later again, because the user's files may have changed meanwhile.
             check_folders(plan.steps[number - 1 :], state)

@@ -16,6 +16,7 @@ from gptfast.speedrun.plan import Plan, Step
 
 FILE = "speedrun.json"
 RUNNING, DONE, FAILED, STOPPED = "running", "done", "failed", "stopped"
+INTERRUPTED = "interrupted"
 
 
 @dataclass
@@ -58,6 +59,12 @@ class State:
         files = [_files(path) for path in step.inputs]
         told = json.dumps([step.script, step.arguments, before, files])
         return hashlib.sha256(told.encode()).hexdigest()
+
+    def note_interrupted(self) -> None:
+        """What runs by its record was cut off: to be called while no step can be running."""
+        for record in self.records.values():
+            if record.state == RUNNING:
+                record.state = INTERRUPTED
 
     def begin(self, step: Step, log: Path, *, anew: bool) -> Record:
         """Note that an attempt begins; `anew` if nothing that earlier ones made is kept. Their time
