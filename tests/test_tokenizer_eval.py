@@ -1,12 +1,16 @@
 """The comparison's arithmetic and tables, and the recipe from a folder of text to its report."""
 
 import json
+import re
 
 import pytest
 import tiktoken
 
 import train.tokenizer as recipe
 from gptfast.errors import UserError
+from gptfast.report import sections
+from gptfast.report.document import DONE, Text
+from gptfast.report.runs import read_folders
 from gptfast.tokenizer import Tokenizer
 from gptfast.tokenizer import evaluation as tokenizer_eval
 from gptfast.tokenizer.evaluation import (
@@ -86,8 +90,10 @@ def test_references_that_cannot_be_loaded_say_what_to_do(monkeypatch) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tokenizer_eval.tiktoken, "get_encoding", offline)
-    with pytest.raises(UserError, match=r"gpt2 .* \(ConnectionError\).* TIKTOKEN_CACHE_DIR"):
-        load_references()
+    found, missing = load_references()
+    assert found == {"GPT-2": None, "GPT-4": None}
+    assert re.search(r"gpt2 .* \(ConnectionError\).* TIKTOKEN_CACHE_DIR", missing["GPT-2"])
+    assert "cl100k_base" in missing["GPT-4"]
 
 
 def test_summary_of_training(tokenizer: Tokenizer) -> None:
@@ -122,7 +128,7 @@ def run_recipe(tmp_path, monkeypatch):
 
 
 def test_recipe_writes_tokenizer_and_report(run_recipe, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(recipe, "load_references", lambda: {"GPT-2": BYTES_ONLY})
+    monkeypatch.setattr(recipe, "load_references", lambda: ({"GPT-2": BYTES_ONLY}, {}))
     out = tmp_path / "out"
     run_recipe("--out", str(out), "--vocab-size", "400", "--doc-cap", "500", "--max-chars", "1600")
     tokenizer = Tokenizer.load(out)
@@ -139,17 +145,31 @@ def test_recipe_writes_tokenizer_and_report(run_recipe, tmp_path, monkeypatch, c
     assert "400 tokens" in capsys.readouterr().out
 
 
-def test_recipe_finishes_without_the_references(run_recipe, tmp_path, monkeypatch, capsys) -> None:
-    def offline():
-        raise UserError("cannot be loaded")
-
-    monkeypatch.setattr(recipe, "load_references", offline)
-    run_recipe("--out", str(tmp_path / "out"), "--vocab-size", "300")
-    assert json.loads((tmp_path / "out/report.json").read_text())["evaluation"] == {
-        "skipped": "cannot be loaded"
-    }
-    assert "evaluation skipped: cannot be loaded" in capsys.readouterr().out
-    assert Tokenizer.load(tmp_path / "out").vocab_size == 300
+def test_without_the_references_ours_is_evaluated_alone(
+    run_recipe, tmp_path, monkeypatch, capsys
+) -> None:
+    """GPT-4's file is not to be had: recipe, section and report show ours, and why it is alone."""
+    references = {"GPT-2": BYTES_ONLY, "GPT-4": None}
+    monkeypatch.setattr(recipe, "load_references", lambda: (references, {"GPT-4": "no network"}))
+    out = tmp_path / "out"
+    run_recipe("--out", str(out), "--vocab-size", "300")
+    tokenizer = Tokenizer.load(out)
+    evaluation = json.loads((out / "report.json").read_text())["evaluation"]
+    assert evaluation["missing"] == {"GPT-4": "no network"}
+    size, ours = len(TEXTS["news"].encode()), len(tokenizer.encode(TEXTS["news"]))
+    row = evaluation["GPT-4"][0]
+    assert (row["text"], row["bytes"], row["ours"], row["theirs"]) == ("news", size, ours, None)
+    assert row["relative_diff"] is None
+    assert evaluation["GPT-2"][0]["theirs"] == size
+    section = (out / "tokenizer-evaluation.md").read_text()
+    assert "### Comparison with GPT-4\n\nGPT-4 is missing: no network\n" in section
+    assert f"| news | {size} | – | – | {ours} | {size / ours:.2f} | – |" in section
+    shown = sections.tokenizer_evaluation(read_folders([out]).tokenizer)
+    assert shown.status == DONE
+    assert shown.blocks[0] == Text("GPT-4 is missing: no network", warning=True)
+    cells = [cell.ours for cell in shown.blocks[2].rows[0][1:]]
+    assert cells == [f"{size:,}", "–", "–", f"{ours:,}", f"{size / ours:.2f}", "–"]
+    assert "GPT-4 is missing: no network" in capsys.readouterr().out
 
 
 def test_recipe_refuses_an_occupied_folder_before_anything(run_recipe, tmp_path) -> None:

@@ -66,7 +66,10 @@ def tokenizer_training(tokenizer: Mapping) -> Section:
 def tokenizer_evaluation(tokenizer: Mapping) -> Section:
     found = tokenizer.get("evaluation", {})
     blocks: list[Block] = []
+    for label, why in found.get("missing", {}).items():
+        blocks.append(Text(f"{label} is missing: {why}", warning=True))
     if "skipped" in found:
+        # Of tokenizers from when ours was not evaluated alone.
         blocks.append(Text(f"Not compared: {found['skipped']}", warning=True))
         found = {}
     for label, theirs in reference()["tokenizer_tables"].items():
@@ -92,11 +95,11 @@ def _tokenizer_row(mine: Mapping, ref: Mapping) -> tuple[Cell | str, ...]:
         if not row:
             return [MISSING] * 6
         size, theirs, ours = row["bytes"], row["theirs"], row["ours"]
-        diff = 100 * (theirs - ours) / theirs
-        return [
-            *(f"{size:,}", f"{theirs:,}", f"{size / theirs:.2f}"),
-            *(f"{ours:,}", f"{size / ours:.2f}", f"{diff:+.1f} %"),
-        ]
+        mine = [f"{ours:,}", f"{size / ours:.2f}"]
+        if theirs is None:
+            return [f"{size:,}", MISSING, MISSING, *mine, MISSING]
+        diff = f"{100 * (theirs - ours) / theirs:+.1f} %"
+        return [f"{size:,}", f"{theirs:,}", f"{size / theirs:.2f}", *mine, diff]
 
     cells = (Cell(*pair) for pair in zip(figures(mine), figures(ref), strict=True))
     return (str(mine.get("text") or ref.get("text", "")), *cells)

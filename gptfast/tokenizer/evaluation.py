@@ -15,25 +15,26 @@ REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 
 @dataclass(frozen=True)
 class Row:
-    """One text under two tokenizers: its size in bytes, and in tokens of each."""
+    """One text under two tokenizers: its size in bytes, and in tokens of each; theirs is None where
+    the other tokenizer is not to be had."""
 
     text: str
     bytes: int
-    theirs: int
+    theirs: int | None
     ours: int
 
     @property
-    def their_ratio(self) -> float:
-        return self.bytes / self.theirs
+    def their_ratio(self) -> float | None:
+        return self.bytes / self.theirs if self.theirs else None
 
     @property
     def our_ratio(self) -> float:
         return self.bytes / self.ours
 
     @property
-    def relative_diff(self) -> float:
+    def relative_diff(self) -> float | None:
         """How many per cent fewer tokens are ours; negative if they are more."""
-        return (self.theirs - self.ours) / self.theirs * 100
+        return (self.theirs - self.ours) / self.theirs * 100 if self.theirs else None
 
     def as_dict(self) -> dict[str, object]:
         ratios = ("their_ratio", "our_ratio", "relative_diff")
@@ -66,9 +67,16 @@ def render_summary(summary: Mapping[str, object]) -> str:
     return "".join(f"- {name}: {spell(value)}\n" for name, value in summary.items())
 
 
-def load_references() -> dict[str, tiktoken.Encoding]:
-    """GPT-2's and GPT-4's encodings; UserError if they are not to be had."""
-    return {label: load_encoding(name) for label, name in REFERENCES.items()}
+def load_references() -> tuple[dict[str, tiktoken.Encoding | None], dict[str, str]]:
+    """GPT-2's and GPT-4's encodings, None where one is not to be had; and of those, why."""
+    found: dict[str, tiktoken.Encoding | None] = {}
+    missing: dict[str, str] = {}
+    for label, name in REFERENCES.items():
+        try:
+            found[label] = load_encoding(name)
+        except UserError as error:
+            found[label], missing[label] = None, str(error)
+    return found, missing
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
@@ -88,9 +96,10 @@ def load_encoding(name: str) -> tiktoken.Encoding:
 
 
 def compare(
-    tokenizer: Tokenizer, train: str, val: str, references: Mapping[str, tiktoken.Encoding]
+    tokenizer: Tokenizer, train: str, val: str, references: Mapping[str, tiktoken.Encoding | None]
 ) -> dict[str, list[Row]]:
-    """Rows for each reference: the five texts kept here, and samples of train and val text.
+    """Rows for each reference: the five texts kept here, and samples of train and val text. With
+    None for a reference, they tell of ours alone.
 
     Raises ValueError if any of the tokenizers does not give a text back byte for byte.
     """
@@ -98,29 +107,35 @@ def compare(
     ours = {name: _count(tokenizer.encoding, text) for name, text in texts.items()}
     return {
         label: [
-            Row(name, len(text.encode()), _count(encoding, text), ours[name])
+            Row(name, len(text.encode()), _count(encoding, text) if encoding else None, ours[name])
             for name, text in texts.items()
         ]
         for label, encoding in references.items()
     }
 
 
-def render_tables(tables: Mapping[str, list[Row]]) -> str:
-    """The comparisons as Markdown tables."""
+def render_tables(tables: Mapping[str, list[Row]], missing: Mapping[str, str] | None = None) -> str:
+    """The comparisons as Markdown tables. missing: which reference is not there, and why."""
     parts = []
     for label, rows in tables.items():
+        why = (missing or {}).get(label)
         parts.append(
             f"### Comparison with {label}\n\n"
-            f"| Text Type | Bytes | {label} Tokens | {label} Ratio | Ours Tokens | Ours Ratio "
+            + (f"{label} is missing: {why}\n\n" if why else "")
+            + f"| Text Type | Bytes | {label} Tokens | {label} Ratio | Ours Tokens | Ours Ratio "
             f"| Relative Diff % |\n|---|---|---|---|---|---|---|\n"
         )
         parts += [
-            f"| {row.text} | {row.bytes} | {row.theirs} | {row.their_ratio:.2f} "
-            f"| {row.ours} | {row.our_ratio:.2f} | {row.relative_diff:+.1f}% |\n"
+            f"| {row.text} | {row.bytes} | {_spell(row.theirs)} | {_spell(row.their_ratio, '.2f')} "
+            f"| {row.ours} | {row.our_ratio:.2f} | {_spell(row.relative_diff, '+.1f', '%')} |\n"
             for row in rows
         ]
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
+
+
+def _spell(value: float | None, form: str = "", unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
 
 
 def _count(encoding: tiktoken.Encoding, text: str) -> int:
