@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch.distributed.run import get_args_parser
 
+from gptfast.config import DEFAULT_CACHE
 from tests.tuning_cases import plain_newton_schulz, write_conversations
 
 __all__ = ["plain_newton_schulz"]
@@ -102,7 +103,7 @@ RUN_BY = {
 }
 # What makes README's chain small enough for a test and keeps it off the network. What a command
 # says besides is run as it stands.
-RUN = "--device cpu --eval-every 0 --eval-tokens 500"
+RUN = "--device cpu --eval-every 0 --eval-tokens 500 --cache cache"
 TOY = {
     "train/base.py": f"{RUN} --depth 2 --sequence-len 64 --vocab-size 300 --device-batch-size 2 "
     "--total-batch-size 128 --num-iterations 4 --tokenizer-chars 20000 --out runs/base-d12",
@@ -114,7 +115,7 @@ TOY = {
     "--num-samples 2 --normalise-together 2 --device-batch-size 4 --max-new-tokens 3 "
     "--eval-examples 2 --eval-samples 1",
     "train/evaluate.py chat": "--device cpu --chat-data hub --task GSM8K -x 2 -m 3",
-    "-m bench.loader": "--tokenizer runs/base-d12/tokenizer --rounds 1",
+    "-m bench.loader": "--cache cache --tokenizer runs/base-d12/tokenizer --rounds 1",
     "train/chat.py": "--device cpu --max-tokens 3 -p Hello",
 }
 
@@ -268,9 +269,11 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 def test_the_chain_at_toy_size(elsewhere, monkeypatch, capsys):
     chain = [command for command in EVERY if RUN_BY[command.text] == HERE]
     assert len(chain) == len({command.text for command in chain}) == 11
+    cached = set(DEFAULT_CACHE.rglob("my_texts-*"))
     for command in chain:
         toy = next((flags for name, flags in TOY.items() if name in command.text), "")
         run([*command.words, *shlex.split(toy)], monkeypatch)
+    assert set(DEFAULT_CACHE.rglob("my_texts-*")) == cached
     said = capsys.readouterr().out
     for name in ("base-d12", "mid-d2", "sft-d2", "rl-d2"):
         summary = json.loads((elsewhere / "runs" / name / "summary.json").read_text())
