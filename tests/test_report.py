@@ -190,6 +190,17 @@ def test_of_nothing_at_all_everything_is_shown_as_missing(tmp_path):
     assert html.count('<span class="badge">missing</span>') == 11
 
 
+def test_a_stage_that_neither_has_is_a_heading_alone(tmp_path):
+    report = build_report(read_folders([tmp_path]))
+    assert next(s for s in report.sections if s.title == "Chat evaluation rl").blocks == ()
+    html, text = page.render(report), markdown.render(report)
+    rl = html.partition('<section id="chat-evaluation-rl"')[2].partition("</section>")[0]
+    assert rl.endswith('<h2>Chat evaluation rl <span class="badge">missing</span></h2>')
+    assert "## Chat evaluation rl\n\n**missing**\n\n## Summary" in text
+    # What the reference has stays to be read.
+    assert "The reference's figures" in html
+
+
 def test_a_run_on_a_cpu_had_no_gpu_whatever_the_machine_has(tmp_path):
     fake_runs.write_everything(tmp_path)
     environment, state = tmp_path / "base-d20/environment.json", tmp_path / "speedrun-d20"

@@ -110,7 +110,7 @@ def _section(section: Section) -> str:
     ]
     stamp = f'<p class="stamp">{" · ".join(times)}</p>' if times else ""
     body = _blocks(section.blocks)
-    if section.status == ABSENT:
+    if section.status == ABSENT and body:
         body = f"<details><summary>The reference's figures</summary>{body}</details>"
     return (
         f'<section id="{section.anchor}" class="{section.status}">'

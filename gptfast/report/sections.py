@@ -130,14 +130,16 @@ def _settings_and_results(
     theirs: Mapping[str, Any],
     notes: Mapping[str, str] | None = None,
 ) -> list[Block]:
-    """Two lists: the reference begins the names of results with a capital letter, those of settings
-    not."""
+    """Two lists, less what is empty: the reference begins the names of results with a capital
+    letter, those of settings not."""
     their_results = {name: value for name, value in theirs.items() if name[0].isupper()}
     their_settings = {name: value for name, value in theirs.items() if name not in their_results}
-    return [
+    lists = [
         Facts(side_by_side(settings, their_settings), folded=True, title="Settings"),
         Facts(side_by_side(results, their_results, notes), title="Results"),
     ]
+    # Of RL the reference tells nothing: where it was not run there is nothing to head.
+    return [each for each in lists if each.rows]
 
 
 def _settings(run: Run, theirs: Mapping) -> dict[str, Any]:
