@@ -19,7 +19,8 @@ ENVIRONMENT = {
     "git_commit": "0123456789abcdef",
     "git_dirty": False,
     "git_branch": "main",
-    "git_message": "Everything at once",
+    "git_message": "A sentence that says what has changed for users and why, as those of this "
+    "repository do",
     "platform": "Linux",
     "cpu_count": 64,
     "cpu_cores": 32,

@@ -201,6 +201,15 @@ def test_a_stage_that_neither_has_is_a_heading_alone(tmp_path):
     assert "The reference's figures" in html
 
 
+def test_texts_are_shown_whole(everything, report):
+    message = figures(report, "Environment")["Message"][0]
+    assert message == fake_runs.ENVIRONMENT["git_message"]
+    samples = page.render(report).partition('<ol class="samples">')[2].partition("</ol>")[0]
+    assert "<p>The capital of France is <mark>what it is.</mark></p>" in samples
+    assert '<p class="theirs">reference: Paris. The capital of France is Paris.' in samples
+    assert "…" not in samples
+
+
 def test_a_run_on_a_cpu_had_no_gpu_whatever_the_machine_has(tmp_path):
     fake_runs.write_everything(tmp_path)
     environment, state = tmp_path / "base-d20/environment.json", tmp_path / "speedrun-d20"

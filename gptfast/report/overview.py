@@ -78,7 +78,7 @@ def _git(machine: Mapping) -> dict[str, Any]:
     return {
         "Branch": machine.get("git_branch"),
         "Commit": f"{commit} (dirty)" if commit and machine.get("git_dirty") else commit,
-        "Message": str(machine.get("git_message") or "")[:80],
+        "Message": machine.get("git_message"),
     }
 
 

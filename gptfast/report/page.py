@@ -181,7 +181,7 @@ def _cell(cell: Cell | str) -> str:
 def _samples(samples: Samples) -> str:
     rows = "".join(
         f"<li><p>{escape(prompt)} <mark>{escape(ours)}</mark></p>"
-        f'<p class="theirs">{escape(prompt)} … {escape(theirs)}</p></li>'
+        f'<p class="theirs">reference: {escape(theirs)}</p></li>'
         for prompt, ours, theirs in samples.rows
     )
     return f'<ol class="samples">{rows}</ol>'
