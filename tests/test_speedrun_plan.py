@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from gptfast.speedrun.estimate import DiskNeed, config_of, estimate, steps_of
 from gptfast.speedrun.settings import FlagSettings, NodeSettings
 from gptfast.speedrun.state import DONE
 from tests.fake_runs import write
+from train import speedrun as recipe
 from train.speedrun import check_stages, main, read_flags
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +282,18 @@ def test_the_dry_run_tells_what_would_be_refused(tmp_path, monkeypatch, capsys):
         main()
     assert "speedrun of d2 on CPU" in capsys.readouterr().out
     assert not (tmp_path / "speedrun-d2").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_in_the_end_it_says_how_to_talk_to_the_last_model(stage, tmp_path, monkeypatch, capsys):
+    settings = SpeedrunSettings(out=tmp_path / "my runs", rl=stage == "rl")
+    monkeypatch.setattr(recipe, "run_plan", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["elsewhere/train/speedrun.py"])
+    assert recipe.run(make_plan(settings, gpus=8), settings) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("talk to it: ")
+    assert shlex.split(command) == [
+        "python", "elsewhere/train/chat.py", "--source", f"{tmp_path}/my runs/{stage}-d20",
+    ]  # fmt: skip
 
 
 def test_room_is_asked_of_the_disk_that_is_written_to(tmp_path, monkeypatch):

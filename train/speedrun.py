@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,7 +173,10 @@ def run(plan: Plan, settings: SpeedrunSettings) -> int:
         if others:
             others.end()
     terminal.say(f"report: {plan.folder / 'report' / 'report.html'}")
-    terminal.say(f"talk to it: python train/chat.py --source {plan.folders['sft']}")
+    # Beside this recipe, from wherever it was started.
+    chat = str(Path(sys.argv[0]).with_name("chat.py"))
+    last = str(plan.folders["rl" if settings.rl else "sft"])
+    terminal.say(f"talk to it: {shlex.join(['python', chat, '--source', last])}")
     return 0
 
 
