@@ -52,6 +52,7 @@ def test_one_file_holds_the_whole_checkpoint_bit_for_bit(trained, tmp_path, monk
     before = write_training_run(run, trained, ranks)
     monkeypatch.setattr(sys, "argv", ["convert", "to-file", str(run), "--out", str(file)])
     convert.main()
+    assert file.stat().st_mode == (run / "settings.json").stat().st_mode
     monkeypatch.setattr(sys, "argv", ["convert", "from-file", str(file), "--out", str(copy)])
     convert.main()
 

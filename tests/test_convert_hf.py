@@ -1,6 +1,7 @@
 """Hugging Face's format against transformers itself: logits, greedy text, chats, and back."""
 
 import json
+import os
 import random
 import sys
 from dataclasses import replace
@@ -72,6 +73,19 @@ def theirs(exported):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(exported)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "200KB"])
+def test_others_may_read_the_weights_as_they_may_the_rest(trained, tmp_path, max_shard_size):
+    mask = os.umask(0o027)
+    try:
+        write_hub(tmp_path / "model", trained, CARD, max_shard_size=max_shard_size)
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    weights = [name for name in modes if name.endswith(".safetensors")]
+    assert (len(weights) > 1) == (max_shard_size == "200KB")
+    assert set(modes.values()) == {0o640}
 
 
 def our_model(trained: TrainedModel) -> GPT:

@@ -27,6 +27,7 @@ from gptfast.convert.trained import (
     checked_config,
     checked_state,
     expected_shapes,
+    let_others_read,
     new_folder,
     read_json,
 )
@@ -85,6 +86,8 @@ def write_hub(
             max_shard_size=max_shard_size,
             metadata={"step": str(model.step)},
         )
+        for path in folder.glob("*.safetensors"):
+            let_others_read(path)
         write_json(folder / "config.json", _their_config(model, dtype))
         write_json(folder / "generation_config.json", _generation_config(model))
         write_tokenizer(folder, model.tokenizer, model.config.sequence_len)

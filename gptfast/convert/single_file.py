@@ -28,6 +28,7 @@ from gptfast.convert.trained import (
     checked_config,
     checked_state,
     checked_tokenizer,
+    let_others_read,
     new_folder,
     write_checkpoint,
     write_settings,
@@ -71,6 +72,7 @@ def write_file(out: Path, checkpoint: Path, tokenizer: Path | None = None) -> No
         out.parent.mkdir(parents=True, exist_ok=True)
         check_room(out.parent, sum(tensor.nbytes for tensor in tensors.values()), out)
         save_file(tensors, scratch, metadata={_HEADER: json.dumps(header)})
+        let_others_read(scratch)
         scratch.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written: {error}") from error

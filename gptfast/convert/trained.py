@@ -1,6 +1,7 @@
 """A trained model between two formats, and the run folder that it comes from or becomes."""
 
 import json
+import os
 import shutil
 import sys
 import uuid
@@ -220,6 +221,13 @@ def new_folder(out: Path, *, need: int) -> Iterator[Path]:
         raise UserError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file of weights the mode of any new file: safetensors makes it its owner's alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def check_room(folder: Path, need: int, out: Path) -> None:
