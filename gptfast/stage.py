@@ -194,7 +194,7 @@ class Stage:
 
     def build(self, source: Source | None = None) -> None:
         """Make the sharded model, with the source's weights if there is one, and its optimizer."""
-        system = self.settings.system
+        system, self._source = self.settings.system, source
         with self._memory.told():
             self.model = parallel.build_sharded(
                 self.make_gpt,
@@ -348,6 +348,7 @@ class Stage:
             "model_config": self.config.to_dict(),
             "tokenizer": tokenizer.fingerprint,
             "tokenizer_folder": str(self.tokenizer_folder),
+            **({"source": str(self._source.run.absolute())} if self._source else {}),
         }
 
 

@@ -92,6 +92,7 @@ def test_the_run_is_all_that_the_next_stage_needs(whole, settings):
     meta = read_manifest(newest)["meta"]
     assert meta["stage"] == "mid"
     assert Path(meta["tokenizer_folder"]) == (whole / "tokenizer").absolute()
+    assert meta["source"] == settings.start.source
     saved = json.loads((whole / "settings.json").read_text())
     assert saved["start"]["source"] == settings.start.source
     assert (whole / "curves.png").stat().st_size > 1000

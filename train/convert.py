@@ -56,13 +56,14 @@ def to_hf(
         tokenizer: Folder of the tokenizer, if it is not where the run had it.
         dtype: float32 keeps every bit; bfloat16 is half the size.
         max_shard_size: Weights beyond it are spread over several files.
-        name: Of the model in its card; the run's name otherwise.
+        name: Of the model in its card, on the Hub OWNER/NAME; the run's name otherwise.
         license: Of the model, as the Hub spells it (mit, apache-2.0); not stated otherwise.
     """
     check_shard_size(max_shard_size)
     folder = find_run(run)
     model = read_checkpoint(find_checkpoint(folder, step), tokenizer)
-    card = model_card(folder, model, name=name or folder.resolve().name, license=license)
+    name = name or folder.resolve().name
+    card = model_card(folder, model, name=name, path=out.resolve().name, license=license)
     write_hub(out, model, card, dtype=getattr(torch, dtype), max_shard_size=max_shard_size)
     print(f"{describe(model)}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
 

@@ -16,6 +16,7 @@ from gptfast.data.fineweb import REPO as FINEWEB_EDU
 from gptfast.evaluate.outcomes import of_the_first
 from gptfast.report.figures import metric_of
 from gptfast.report.runs import Run, read_run, stage_of
+from gptfast.run import STAGES
 from gptfast.tasks import CHAT_TASKS
 
 MISSING = "not recorded in the run's folder"
@@ -32,10 +33,10 @@ _MIXTURES = {"mid": MID_TRAIN, "sft": SFT_TRAIN}
 
 _TEXT = """# {name}
 
-A GPT of {parameters:,} parameters: {n_layer} layers, width {n_embd}, {n_head} heads, {n_kv_head}
-for keys and values, {vocab_size:,} tokens, trained at {sequence_len:,} tokens of context. Rotary
-positions, QK-norm, squared ReLU, no biases, softcapped logits: the architecture that transformers
-calls `nanochat`.
+A GPT of {parameters:,} parameters: {n_layer} layers of width {n_embd}; heads of attention:
+{n_head} for queries, {n_kv_head} for keys and values; a vocabulary of {vocab_size:,}; trained on
+sequences of {sequence_len:,} tokens. Rotary positions, QK-norm, squared ReLU, no biases, softcapped
+logits: the architecture that transformers calls `nanochat`.
 
 ## Training
 
@@ -50,8 +51,10 @@ calls `nanochat`.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+# {where}
+path = "{path}"
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
 {example}
 print(tokenizer.decode(model.generate(**inputs)[0]))
 ```
@@ -78,23 +81,28 @@ _BASE_CONVENTION = "It continues text; it was not taught to chat."
 
 
 def model_card(
-    folder: Path, model: TrainedModel, *, name: str, license: str | None = None
+    folder: Path, model: TrainedModel, *, name: str, path: str, license: str | None = None
 ) -> ModelCard:
     """The card of the model that the run in `folder` had at model.step.
 
-    license: an identifier of the Hub's; without it the card says that none was stated.
+    name: if it is OWNER/NAME, the example loads the model from there, on the Hub. path: of the
+    card's folder, which the example loads otherwise. license: an identifier of the Hub's; without
+    it the card says that none was stated.
     """
     stage = stage_of(folder)
     run = read_run(folder, stage or "model").at(model.step)
     evaluations = _evaluations(folder / "evaluation" / f"step_{model.step:06d}")
     results = _results(evaluations, _data(run))
-    on_fineweb = run.setting("data") == "fineweb-edu" and "imported_from" not in run.settings
+    earlier = _earlier(run)
+    first = earlier[0] if earlier else run
+    on_fineweb = first.setting("data") == "fineweb-edu" and "imported_from" not in first.settings
+    on_hub = "/" in name
     data = ModelCardData(
         model_name=name if results else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license=license,
-        language="en" if on_fineweb else None,
+        language="en" if on_fineweb and first is run else None,
         datasets=[FINEWEB_EDU] if on_fineweb else None,
         tags=["nanochat", "gptfast"],
         eval_results=results or None,
@@ -104,7 +112,11 @@ def model_card(
         name=name,
         parameters=model.parameters,
         **model.config.to_dict(),
-        training=_table(_training(run, stage, model.step) | {"License": license or "not stated"}),
+        where="On the Hub." if on_hub else "The folder of this file, or its name on the Hub.",
+        path=name if on_hub else path,
+        training=_table(
+            _training(run, earlier, stage, model.step) | {"License": license or "not stated"}
+        ),
         scores=_table(_scores(evaluations)),
         example=_CHAT_EXAMPLE if chats else _BASE_EXAMPLE,
         convention=_CHAT_CONVENTION if chats else _BASE_CONVENTION,
@@ -112,19 +124,37 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _training(run: Run, stage: str | None, step: int) -> dict[str, str | None]:
+def _earlier(run: Run) -> list[Run] | None:
+    """The runs that it goes back to, base first; None if their folders do not tell, or are gone."""
+    found: list[Run] = []
+    while run.stage != "base":
+        source = run.meta.get("source") or run.setting("source")
+        # No run goes back further than to base, by mid and SFT.
+        if not source or not Path(source).is_dir() or len(found) == len(STAGES):
+            return None
+        run = read_run(Path(source), stage_of(Path(source)) or "model")
+        found.insert(0, run)
+    return found
+
+
+def _training(
+    run: Run, earlier: list[Run] | None, stage: str | None, step: int
+) -> dict[str, str | None]:
     """What the table of training says; None for what the folder does not tell."""
     environment, seconds = run.environment, run.training_seconds
     device, processes = environment.get("device"), environment.get("processes")
     versions = {name: environment.get(name) for name in ("torch", "triton", "cuda", "python")}
     validation = run.last_validation
-    commit, source = environment.get("git_commit"), run.setting("source")
+    commit = environment.get("git_commit")
+    source = run.meta.get("source") or run.setting("source")
+    before = [f"{each.stage}: {_data(each) or MISSING}" for each in earlier or ()]
     dirty = ", changed since" if environment.get("git_dirty") else ""
     return {
         "Stage": stage,
         "Steps": f"{step:,}",
         "Tokens": f"{run.tokens:,}" if run.tokens else None,
         "Data": _data(run),
+        **({} if stage == "base" else {"Data of the stages before": "; ".join(before) or None}),
         "Started from": Path(source).name if source else "nothing" if stage == "base" else None,
         "Hardware": (
             f"{processes} x {device}, {environment.get('nodes', 1)} node(s)" if device else None
@@ -147,7 +177,7 @@ def _data(run: Run) -> str | None:
     """Of files of one's own the last name of the path only: the rest is nobody's business."""
     if origin := run.settings.get("imported_from"):
         return f"not known: imported from {origin}"
-    data = run.setting("data")
+    data = run.setting("task" if run.stage == "rl" else "data")
     mixture = run.settings.get("mixture", {}).get("train")
     if mixture is not None:
         return ", ".join(Path(part).name for part in mixture or _MIXTURES.get(run.stage, ()))

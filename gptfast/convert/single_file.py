@@ -41,6 +41,8 @@ from gptfast.tokenizer.files import format_ranks, parse_ranks
 _HEADER = "gptfast"
 _RANK, _TOKENIZER = "rank.", "tokenizer"
 _TEXT = ("data", "validation")
+# In a checkpoint's meta.
+_PATHS = ("tokenizer_folder", "source")
 
 
 def write_file(out: Path, checkpoint: Path, tokenizer: Path | None = None) -> None:
@@ -118,7 +120,7 @@ def read_file(path: Path, out: Path) -> None:
 
 def _portable(meta: dict[str, Any]) -> dict[str, Any]:
     """Without what is true of one disk only."""
-    return {name: value for name, value in meta.items() if name != "tokenizer_folder"}
+    return {name: value for name, value in meta.items() if name not in _PATHS}
 
 
 def _as_tensor(data: bytes) -> Tensor:
