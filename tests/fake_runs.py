@@ -5,8 +5,12 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from gptfast.evaluate.core_bundle import CORE_TASKS
+from gptfast.report.build import build_report
 from gptfast.report.document import Facts, Report, Table
+from gptfast.report.runs import read_folders
 
 STEPS, TOKENS_PER_STEP, GPUS = 21_400, 524_288, 4
 # A step's seconds, so that a GPU makes 160,000 tokens a second: 558.7 of 989 TFLOP/s.
@@ -208,6 +212,16 @@ def write_everything(folder: Path) -> Path:
     write_stage(folder / "rl-d20", "rl")
     write_speedrun(folder / "speedrun-d20")
     return folder
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_everything(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def report(everything: Path) -> Report:
+    return build_report(read_folders([everything]))
 
 
 def figures(report: Report, title: str) -> dict[str, tuple[str, str]]:
