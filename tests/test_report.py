@@ -192,6 +192,17 @@ def test_a_killed_run_is_unfinished_and_its_time_counts(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_was_no_number_is_passed_over(tmp_path):
+    metrics = fake_runs.write_base(tmp_path / "base-d20", steps=4000, every=40) / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('\n{"kind": "eval", "step": 4000, "tokens": 9, "val_bpb": null}\n')
+        file.write(json.dumps(fake_runs.step_row(4000, 0.0) | {"loss": None}) + "\n")
+    found = figures(build_report(read_folders([tmp_path])), "Base model training")
+    assert found["Final validation bpb"] == found["Minimum validation bpb"]
+    # 0.79 + 2.6 / (1 + 4000 / 60)
+    assert found["Final validation bpb"][0] == "0.8284"
+
+
 def test_sft_and_rl_show_their_own_figures(report):
     sft = figures(report, "Chat SFT")
     assert sft["Training rows"] == ("20,843", "20,843")

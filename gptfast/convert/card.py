@@ -227,7 +227,7 @@ def _results(evaluations: Mapping[str, Mapping], data: str | None) -> list[EvalR
 
     loss, core, chat = (evaluations.get(name, {}) for name in ("loss", "core", "chat"))
     results = []
-    if "val_bpb" in loss:
+    if loss.get("val_bpb") is not None:
         text = data or "validation text"
         results.append(result(text, text, "bits_per_byte", loss["val_bpb"]))
     if "core_metric" in core:

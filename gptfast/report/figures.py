@@ -17,7 +17,7 @@ Figures = dict[str, Any]
 def base_results(run: Run) -> Figures:
     config, tokens = model_config(run), run.tokens
     parameters = sum(parameter_counts(config).values()) if config else None
-    validations = [row["val_bpb"] for row in run.validations if "val_bpb" in row]
+    validations = [row["val_bpb"] for row in run.validations if row.get("val_bpb") is not None]
     return {
         "Number of parameters": parameters,
         "Number of FLOPs per token": float(flops_per_token(config)) if config else None,
@@ -36,7 +36,7 @@ def base_results(run: Run) -> Figures:
 
 
 def mid_results(run: Run) -> Figures:
-    validations = [row["val_bpb"] for row in run.validations if "val_bpb" in row]
+    validations = [row["val_bpb"] for row in run.validations if row.get("val_bpb") is not None]
     return {
         "Number of iterations": run.steps_done,
         "DDP world size": run.processes,
@@ -48,7 +48,7 @@ def mid_results(run: Run) -> Figures:
 
 
 def sft_results(run: Run) -> Figures:
-    losses = [row["loss"] for row in run.steps if "loss" in row]
+    losses = [row["loss"] for row in run.steps if row.get("loss") is not None]
     return {
         "Training rows": _last(run, "training_rows"),
         "Number of iterations": run.steps_done,

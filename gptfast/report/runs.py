@@ -94,7 +94,7 @@ class Run:
     def last_validation(self) -> Mapping:
         """The newest figures with bits per byte, and their step; empty if there are none."""
         rows = self.validations or self.summary.get("evaluations", [])
-        return next((row for row in reversed(rows) if "val_bpb" in row), {})
+        return next((row for row in reversed(rows) if row.get("val_bpb") is not None), {})
 
     def at(self, step: int) -> "Run":
         """What its metrics and summary told after so many steps: rows of those, validations up to
