@@ -5,9 +5,9 @@
 
 x (..., C), W1 (F, C), W2 (C, F), all of one dtype. Kept for backward: x and h, not u. On Hopper the
 activation and its derivative are in the epilogues of the products before them
-(kernels/squared_relu_product.py); elsewhere, and for few rows, they are kernels of their own behind
-cuBLAS's products (kernels/squared_relu.py). The other four products are always cuBLAS's, a weight's
-gradient in two parts where that is faster.
+(kernels/squared_relu_product.py); elsewhere, and for few rows or few columns, they are kernels of
+their own behind cuBLAS's products (kernels/squared_relu.py). The other four products are always
+cuBLAS's, a weight's gradient in two parts where that is faster.
 
 FLOPs: 12 M C F, of which 4 M C F forward.
 """
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import as_rows, check_tensors
 from kernels.squared_relu import squared_relu, squared_relu_bwd, squared_relu_ref
-from kernels.squared_relu_product import ALIGNMENT, squared_relu_product
+from kernels.squared_relu_product import ALIGNMENT, least_depth, squared_relu_product
 
 # With fewer rows there are not enough tiles to go round many times.
 _LEAST_ROWS = 4096
@@ -47,6 +47,7 @@ def _in_epilogue(a: Tensor, b: Tensor) -> bool:
         and a.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(a.device)[0] == 9
         and len(a) >= _LEAST_ROWS
+        and a.shape[1] >= least_depth()
         and all(size % ALIGNMENT == 0 for size in b.shape)
     )
 
@@ -127,7 +128,7 @@ def _mlp_bwd(dy: Tensor, proj_weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor
     # In this order: when a block's backward begins, the reduction of the gradients of the block
     # behind it is about to start, and takes multiprocessors from the second kernel. cuBLAS's
     # persistent product then waits for the reduction's end, with a fixed share of tiles for each
-    # multiprocessor; kernels of many short programs lose no more than those multiprocessors.
+    # multiprocessor; ours, of which whoever is free takes the next tile, loses no more than those.
     dproj_weight = _weight_gradient(dy, h)
     return _squared_relu_dgrad(dy, proj_weight, h), dproj_weight
 

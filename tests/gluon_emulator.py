@@ -7,11 +7,14 @@ is. `Hazard` says what would go wrong. Threads are not emulated: one program is 
 kernels without warp specialisation, between whose warps the compiler puts barriers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 
@@ -133,6 +136,8 @@ class _Machine:
             split=lambda x: x.unbind(-1),
             where=torch.where,
             sqrt=torch.sqrt,
+            convert_layout=lambda x, layout, assert_trivial: x,
+            atomic_add=self.atomic_add,
         )
         self.mbarrier = SimpleNamespace(
             init=lambda barrier, count: None,
@@ -147,6 +152,11 @@ class _Machine:
             barriers = [Barrier() for _ in range(shape[0])]
             return SimpleNamespace(index=barriers.__getitem__)
         return Shared(torch.full(shape, float("nan"), dtype=dtype), self.unfenced)
+
+    def atomic_add(self, counter: Tensor, amount: int, sem: str) -> int:
+        before = int(counter)
+        counter += amount
+        return before
 
     def fence_async_shared(self) -> None:
         self.unfenced.clear()
@@ -190,20 +200,32 @@ class _Machine:
         return sums if sums.under_way else sums.value
 
 
-def launch(module: ModuleType, kernel: str, programs: int, *arguments, late: bool, **constants):
-    """Runs a module's kernel, program after program, its functions with it.
+class Emulated:
+    """A kernel of a module, with the functions that it calls: launched as on a GPU, on CPU tensors.
 
-    arguments: Descriptors and numbers. late: see the module. Hazard for what would go wrong.
+    late: see above. Launches raise Hazard for what would go wrong.
     """
-    for program in range(programs):
-        machine = _Machine(program, programs, late)
-        names = vars(module) | {name: getattr(machine, name) for name in _LANGUAGE}
-        for name, function in vars(module).items():
-            if isinstance(function, JITFunction):
-                names[name] = FunctionType(function.fn.__code__, names, name)
-        names[kernel](*arguments, **constants)
-        if machine.stores:
-            raise Hazard("ends before its stores")
+
+    def __init__(self, module: ModuleType, kernel: str, *, late: bool = True) -> None:
+        self._names, self._kernel, self._late = dict(vars(module)), kernel, late
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return partial(self._launch, grid[0])
+
+    def _launch(self, programs: int, *arguments: object, **constants: object) -> None:
+        described = [
+            Descriptor(a.base, a.block_shape) if isinstance(a, TensorDescriptor) else a
+            for a in arguments
+        ]
+        for program in range(programs):
+            machine = _Machine(program, programs, self._late)
+            names = self._names | {name: getattr(machine, name) for name in _LANGUAGE}
+            for name, function in self._names.items():
+                if isinstance(function, JITFunction):
+                    names[name] = FunctionType(function.fn.__code__, names, name)
+            names[self._kernel](*described, **constants)
+            if machine.stores:
+                raise Hazard("ends before its stores")
 
 
 _LANGUAGE = (

@@ -1,13 +1,11 @@
-"""The MLP as one operator, and the products that end in its activation."""
+"""The MLP as one operator, its activation in a kernel of its own or in the products before it."""
 
 import pytest
 import torch
 
-from kernels import mlp
-from kernels.launch import INTERPRETED, upcast
+from kernels import mlp, squared_relu_product
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
-from kernels.squared_relu import squared_relu_ref
-from kernels.squared_relu_product import CONFIG, squared_relu_product
+from tests.gluon_emulator import Emulated
 from tests.operators import (
     DEVICE,
     DTYPES,
@@ -19,17 +17,10 @@ from tests.operators import (
     randn,
 )
 
-# M, C, F: less than a tile; a tile and a bit of each; more tiles than programs.
-SHAPES = [(3, 8, 16), (130, 72, 264), (257, 64, 520)]
 TRAINED = [(65536, 1280, 5120), (4097, 2048, 8192)]
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-over_halves = pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
-COPY_ENGINE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-on_hopper = pytest.mark.skipif(
-    not (INTERPRETED or COPY_ENGINE),
-    reason="needs Triton's interpreter, or a GPU with a copy engine",
-)
+KERNEL = "_squared_relu_product_kernel"
 
 
 def operands(m: int, c: int, f: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -37,41 +28,14 @@ def operands(m: int, c: int, f: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [randn(*shape, dtype=dtype, scale=scale) for shape, scale in scales.items()]
 
 
-def forward_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return squared_relu_ref(x @ weight.t())
-
-
-def gated_ref(dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    return (upcast(dy @ weight) * (2 * upcast(h).sqrt())).to(h.dtype)
-
-
-def assert_exact(found: torch.Tensor, ref, inputs: list[torch.Tensor]) -> None:
-    """The error rule of the tests, for a function without a gradient."""
-    torchs, exact = (ref(*(t.to(dtype) for t in inputs)) for dtype in (found.dtype, torch.float64))
-    allowed = 2 * (torchs - exact).abs().max() + torch.finfo(found.dtype).eps * exact.abs().max()
-    assert (found.shape, found.dtype) == (exact.shape, inputs[0].dtype)
-    assert (found - exact).abs().max() <= allowed
-
-
-@on_hopper
-@over_halves
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_with_the_activation_in_the_epilogue(shape, dtype):
-    x, fc, proj = operands(*shape, dtype)
-    h = squared_relu_product(x, fc, None)
-    assert_exact(h, forward_ref, [x, fc])
-    dy = randn(*x.shape, dtype=dtype)
-    assert_exact(squared_relu_product(dy, proj, h), gated_ref, [dy, proj, h])
-
-
-@on_hopper
-@pytest.mark.parametrize("parts", [1, 2, 4])
-@pytest.mark.parametrize("tile", [(64, 128), (128, 64)], ids=str)
-def test_product_does_not_depend_on_the_tiles(tile, parts):
-    x, weight, _ = operands(150, 40, 136, torch.bfloat16)
-    config = {**CONFIG, "BLOCK_M": tile[0], "BLOCK_N": tile[1], "GROUP_M": 2, "PARTS": parts}
-    expected = squared_relu_product(x, weight, None)
-    torch.testing.assert_close(squared_relu_product(x, weight, None, config), expected)
+@pytest.fixture
+def in_epilogue(monkeypatch):
+    """All products that can end in the activation do: on a Hopper GPU, or emulated."""
+    monkeypatch.setattr(mlp, "_in_epilogue", lambda a, b: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(squared_relu_product, KERNEL, Emulated(squared_relu_product, KERNEL))
+    elif torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not Hopper")
 
 
 @over_dtypes
@@ -81,21 +45,19 @@ def test_accurate(dtype):
     assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
 
 
-@on_hopper
-def test_accurate_with_the_activation_in_the_epilogue(monkeypatch):
-    monkeypatch.setattr(mlp, "_in_epilogue", lambda a, b: True)
+@pytest.mark.usefixtures("in_epilogue")
+def test_accurate_with_the_activation_in_the_epilogue():
     for m in (0, 3, 130):
-        inputs = operands(m, 24, 40, torch.bfloat16)
+        inputs = operands(m, 520, 528, torch.bfloat16)
         assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
 
 
-@on_hopper
+@pytest.mark.usefixtures("in_epilogue")
 @pytest.mark.parametrize("place", ["x", "fc", "proj", "dy"])
-def test_operands_anywhere_with_the_activation_in_the_epilogue(place, monkeypatch):
+def test_operands_anywhere_with_the_activation_in_the_epilogue(place):
     """Rows that are not multiples of 16 bytes apart, and what begins at no multiple of them."""
-    monkeypatch.setattr(mlp, "_in_epilogue", lambda a, b: True)
     at = ("x", "fc", "proj", "dy").index(place)
-    tensors = [*operands(9, 24, 40, torch.bfloat16), randn(9, 24, dtype=torch.bfloat16)]
+    tensors = [*operands(9, 520, 40, torch.bfloat16), randn(9, 520, dtype=torch.bfloat16)]
     expected = outputs_and_gradients(squared_relu_mlp, tensors[:3], tensors[3:])
     rows, columns = tensors[at].shape
     apart = randn(rows, columns + 4, dtype=torch.bfloat16)[:, :columns]
