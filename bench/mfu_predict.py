@@ -130,8 +130,8 @@ def measured_points() -> list[Point]:
     """The newest runs, and behind them those on more GPUs than had the newest code."""
     kept = _kept(BASE)
     points = []
-    for runs, newest in ((kept["runs"], True), (kept["four_gpus"]["runs"], False)):
-        by_gpus = {run["gpus"]: run for run in runs}
+    for each, newest in ((kept, True), *((older, False) for older in kept["more_gpus"])):
+        by_gpus = {run["gpus"]: run for run in each["runs"]}
         points += [
             Point(run, by_gpus[1], newest) for gpus, run in by_gpus.items() if newest or gpus > 1
         ]

@@ -15,9 +15,9 @@ D20 = GPTConfig()
 
 
 def test_within_3_percent_of_every_measured_step():
-    """Of the newest code on one GPU and on two, and of the newest that ran on four."""
+    """Of the newest code on one GPU, and of the newest that ran on two and on four."""
     points = measured_points()
-    assert [(p.run["gpus"], p.newest) for p in points] == [(1, True), (2, True), (4, False)]
+    assert [(p.run["gpus"], p.newest) for p in points] == [(1, True), (2, False), (4, False)]
     assert all(p.one["gpus"] == 1 and p.one["commit"] == p.run["commit"] for p in points)
     one, *more = points
     assert one.ratio() == pytest.approx(1, rel=1e-9)
@@ -26,12 +26,15 @@ def test_within_3_percent_of_every_measured_step():
 
 
 def test_the_check_is_of_the_newest_runs_and_tells_the_ratio():
-    """And of four GPUs, with older code, from one GPU of that code."""
+    """And of more GPUs, with older code, from one GPU of that code."""
     said = lines(PredictSettings())[1:4]
     assert said[0].endswith(
-        "measured 404.2 ms, model 404.2 ms, 1.000 of it (commit 3d59047, the model's input)"
+        "measured 396.8 ms, model 396.8 ms, 1.000 of it (commit 25df661, the model's input)"
     )
-    assert said[1].endswith("measured 399.3 ms, model 400.0 ms, 1.002 of it (commit 3d59047)")
+    assert said[1].endswith(
+        "measured 399.3 ms, model 400.0 ms, 1.002 of it (commit 3d59047, older code, whose "
+        "404.2 ms on one GPU are the input)"
+    )
     assert said[2].endswith(
         "measured 419.9 ms, model 410.3 ms, 0.977 of it (commit 65bba56, older code, whose "
         "424.4 ms on one GPU are the input)"
