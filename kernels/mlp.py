@@ -22,7 +22,7 @@ from kernels.squared_relu import squared_relu, squared_relu_bwd, squared_relu_re
 from kernels.squared_relu_product import ALIGNMENT, least_depth, squared_relu_product
 
 # With fewer rows there are not enough tiles to go round many times.
-_LEAST_ROWS = 4096
+LEAST_ROWS = 4096
 
 # A weight's gradient (F, C) or (C, F), and where along F it is cut: the first part's tiles fill the
 # multiprocessors once (C = 1,664: twice), and cuBLAS splits the second along M, which it does not
@@ -46,7 +46,7 @@ def _in_epilogue(a: Tensor, b: Tensor) -> bool:
         a.is_cuda
         and a.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(a.device)[0] == 9
-        and len(a) >= _LEAST_ROWS
+        and len(a) >= LEAST_ROWS
         and a.shape[1] >= least_depth()
         and all(size % ALIGNMENT == 0 for size in b.shape)
     )

@@ -20,10 +20,12 @@ from gptfast.config_chat import MixtureSettings, mid_preset, sft_preset
 from gptfast.errors import UserError
 from gptfast.selfcheck import FAILED, OK, SKIPPED, run_checks
 from gptfast.selfcheck import checks as selfcheck
-from gptfast.selfcheck.kernels import Case, kernel_cases, kernel_error
+from gptfast.selfcheck.kernels import MANY, Case, kernel_cases, kernel_error
 from gptfast.selfcheck.links import _reduce
 from gptfast.speedrun import Here, SpeedrunSettings, make_plan
 from gptfast.speedrun.settings import FlagSettings
+from kernels import mlp
+from kernels.squared_relu_product import ALIGNMENT, least_depth
 from tests.core_cases import write_bundle
 from tests.operators import DEVICE
 from train.speedrun import read_flags
@@ -65,6 +67,13 @@ def test_kernels_agree_with_their_references(name):
     """Interpreted without a GPU: the very kernels that --check runs there."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     assert kernel_error(CASES[name], torch.device(DEVICE), dtype) is None
+
+
+def test_on_a_gpu_the_activation_is_also_tried_in_its_products():
+    rows, columns = MANY
+    assert rows >= mlp.LEAST_ROWS
+    assert columns >= least_depth()
+    assert columns % ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("part", ["result", "gradient"])

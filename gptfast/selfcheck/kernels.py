@@ -31,8 +31,8 @@ from kernels.squared_relu import squared_relu, squared_relu_ref
 
 # Tokens, heads, head size, width, vocabulary: small, and between blocks.
 _T, _H, _D, _C, _V = 17, 2, 32, 72, 130
-# From so many on, the MLP's activation may be in its products.
-_MANY_ROWS = 4096
+# Rows and columns from which on the MLP's activation may be in its products.
+MANY = (4096, 520)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def kernel_cases(device: torch.device) -> list[Case]:
         Case("rotary", *_bound(rotary, rotary_ref, **angles), (head, head)),
         Case("rotary_qk_norm", *_bound(rotary_qk_norm, rotary_qk_norm_ref, **heads), (qkv,)),
         Case("squared_relu", squared_relu, squared_relu_ref, (rows,)),
-        *(_mlp_case(n) for n in (_T, *([_MANY_ROWS] if device.type == "cuda" else []))),
+        *(_mlp_case(*size) for size in [(_T, _C)] + [MANY] * (device.type == "cuda")),
         Case(
             "linear_cross_entropy",
             *_bound(linear_cross_entropy, linear_cross_entropy_ref, **targets),
@@ -126,9 +126,9 @@ def kernel_cases(device: torch.device) -> list[Case]:
     ]
 
 
-def _mlp_case(rows: int) -> Case:
-    name = "squared_relu_mlp" if rows == _T else f"squared_relu_mlp, {rows} rows"
-    shapes = ((rows, _C), (4 * _C, _C), (_C, 4 * _C))
+def _mlp_case(rows: int, width: int) -> Case:
+    name = "squared_relu_mlp" if rows == _T else f"squared_relu_mlp, {rows} x {width}"
+    shapes = ((rows, width), (4 * width, width), (width, 4 * width))
     return Case(name, squared_relu_mlp, squared_relu_mlp_ref, shapes)
 
 
