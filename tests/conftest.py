@@ -1,6 +1,8 @@
 """What every test shares: where and how kernels run, and markers that skip by name."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -86,3 +88,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Gives back what PyTorch still caches: other processes test on the same GPU."""
     if item.get_closest_marker("gpu"):
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def not_under_nohup() -> Iterator[None]:
+    """SIGHUP is not ignored, however the tests were started."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, handler)

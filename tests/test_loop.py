@@ -223,6 +223,7 @@ def test_what_a_profiler_takes_is_no_steps_time(tmp_path, monkeypatch):
     assert summary.training_seconds == 12.0
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop_it_saves_what_is_done_and_ends(tmp_path, monkeypatch, capsys, number):
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))

@@ -10,6 +10,8 @@ import pytest
 
 from gptfast.stop import StopRequest
 
+pytestmark = pytest.mark.usefixtures("not_under_nohup")
+
 
 @contextmanager
 def terminal() -> Iterator[int]:
