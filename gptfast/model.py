@@ -142,14 +142,14 @@ def block_forward(
     """
     residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
     q, k, v = ops.rotary_qk_norm(
-        F.linear(x, weights.qkv),
+        ops.linear(x, weights.qkv),
         cos,
         sin,
         n_head=config.n_head,
         n_kv_head=config.n_kv_head,
         eps=config.norm_eps,
     )
-    branch = F.linear(attend(q, k, v).flatten(2), weights.attn_proj)
+    branch = ops.linear(attend(q, k, v).flatten(2), weights.attn_proj)
     residual, x = ops.add_rms_norm(residual, branch, eps=config.norm_eps)
     return residual, ops.squared_relu_mlp(x, weights.mlp_fc, weights.mlp_proj)
 
@@ -235,6 +235,18 @@ class Head(nn.Module):
         return loss.view_as(targets) if reduction == "none" else loss
 
 
+class _Zeros(torch.autograd.Function):
+    """Zeros like x that take a gradient if x does, and drop it: a leaf would keep a copy of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> None:
+        return None
+
+
 class GPT(nn.Module):
     """kernels: "triton" or "reference"; attention_backend: a name of gptfast.attention."""
 
@@ -292,9 +304,9 @@ class GPT(nn.Module):
             positions = documents.positions(B * T)
             cos, sin = self.cos[positions], self.sin[positions]
         residual = self.transformer["wte"](ids)
-        # Zeros that want a gradient if the residual does: so the first block is the same compiled
-        # code as every other; reading them is 0.01 % of a d20 step's bytes.
-        branch = torch.zeros_like(residual, requires_grad=residual.requires_grad)
+        # So the first block is the same compiled code as every other; reading zeros is 0.01 % of a
+        # d20 step's bytes.
+        branch = _Zeros.apply(residual)
         for block in self.blocks:
             residual, branch = block(residual, branch, cos, sin, documents)
         residual, branch = (x.view(B, T, -1) for x in (residual, branch))

@@ -8,7 +8,7 @@ gloo on either.
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -271,9 +271,37 @@ def shard(
         # The modules of a unit share their state.
         sharded = unit[0]
         assert isinstance(sharded, FSDPModule)
-        sharded.set_gradient_divide_factor(1.0)
-        # gloo has no pre-multiplied sum; a plain sum is what a factor of 1 asks for anyway.
-        sharded.set_force_sum_reduction_for_comms(True)
+        if world.size == 1:
+            # (A factor of 1 would be divided by, on one process alone.)
+            # pyrefly: ignore[bad-argument-type]  (torch keeps the class that it would have to be)
+            sharded.set_custom_reduce_scatter(InPlace())
+        else:
+            sharded.set_gradient_divide_factor(1.0)
+            # gloo has no pre-multiplied sum; a plain sum is what a factor of 1 asks for anyway.
+            sharded.set_force_sum_reduction_for_comms(True)
+
+
+class InPlace:
+    """One process's reduction of a unit's gradients, which leaves them where they are.
+
+    FSDP2 asks for memory for what is to be reduced, fills that, asks for memory for the result, and
+    on one process copies. Given the same memory twice it copies nothing.
+    """
+
+    def __init__(self) -> None:
+        self._given: torch.Tensor | None = None
+
+    def allocate(
+        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        given, self._given = self._given, None
+        if given is None:
+            given = self._given = torch.empty(*size, dtype=dtype, device=device)
+        assert (*given.shape, given.dtype) == (*size, dtype), "not the result of what was given"
+        return given
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise AssertionError("one process alone has nothing to exchange")
 
 
 def blocks_per_unit(nodes: int, *, reshard_after_forward: bool) -> int:

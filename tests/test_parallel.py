@@ -64,3 +64,56 @@ def test_a_step_in_units_of_several_blocks(monkeypatch, blocks, units):
         for name, parameter in sharded.named_parameters():
             torch.testing.assert_close(parameter.grad.full_tensor(), expected[name])
             assert parameter.grad.full_tensor().any() == expected[name].any()
+
+
+def test_alone_gradients_stay_where_they_are(monkeypatch):
+    """Nothing is copied, divided or asked for that is not used, over steps of one or two passes."""
+    given = []
+    allocate = parallel.InPlace.allocate
+
+    def seen(self, *size, **more):
+        given.append(allocate(self, *size, **more))
+        return given[-1]
+
+    monkeypatch.setattr(parallel.InPlace, "allocate", seen)
+    ids = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
+    with parallel.start(cpu=True) as world:
+        sharded = parallel.build_sharded(
+            lambda: GPT(CONFIG),
+            world,
+            compute_dtype=torch.bfloat16,
+            reshard_after_forward=False,
+            compile_blocks=False,
+            seed=1,
+        )
+        for passes in (1, 2, 1):
+            given.clear()
+            sharded.zero_grad()
+            for at in range(passes):
+                parallel.synchronise_gradients(sharded, at == passes - 1)
+                loss = sharded(ids[:, :-1], ids[:, 1:])
+                with torch.profiler.profile() as profiled:
+                    loss.backward()
+            # Head, blocks, embedding: each for what is reduced, and for the result.
+            memory = [tensor.data_ptr() for tensor in given]
+            assert memory[::2] == memory[1::2]
+            assert len(memory) == 6
+            gradients = [p.grad.to_local() for p in sharded.parameters()]
+            assert {g.untyped_storage().data_ptr() for g in gradients} == {*memory}
+            reduces = [e for e in profiled.events() if "post_backward_reduce" in e.name]
+            assert len(reduces) == 3
+            calls = {child.name for event in reduces for child in event.cpu_children}
+            assert "fsdp::chunk_cat" in calls
+            assert not {"aten::div", "aten::div_"} & calls
+
+
+def test_no_gradient_is_kept_that_nobody_wants():
+    """Of the zeros that the first block adds to the embedding."""
+    model = GPT(CONFIG)
+    model.init_weights()
+    ids = torch.randint(37, (2, 9))
+    loss = model(ids[:, :-1], ids[:, 1:])
+    with torch.profiler.profile() as profiled:
+        loss.backward()
+    kept = [e for e in profiled.events() if e.name == "torch::autograd::AccumulateGrad"]
+    assert len(kept) == len([*model.parameters()])
