@@ -5,9 +5,9 @@
 Bytes of the elementwise pair, E = tokens x 4 widths elements of 2: forward reads x and writes h,
 backward reads dh and h (or x) and writes dx. The MLP's rate is that of its products, two forward
 and four backward, 2 FLOPs a multiplication; the provider `pair` is ours with the activation in
-kernels of its own instead of the products' epilogues. bench/tune_squared_relu_product.py compares
-that kernel's launch configurations. QuACK's product with a squared ReLU in its epilogue has no
-gradient through that output (it is meant for pairs of layers) and is not here.
+kernels of its own instead of the products' epilogues. bench/tune_product.py compares that product
+with cuBLAS's. QuACK's product with a squared ReLU in its epilogue has no gradient through that
+output (it is meant for pairs of layers) and is not here.
 """
 
 import pytest

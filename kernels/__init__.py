@@ -6,8 +6,8 @@ choice and nothing else:
     ops = operators("triton")
     y = ops.rms_norm(x)
 
-`embedding` and `rms_norm` are files and functions: `import kernels.embedding as m` gives the
-function; `from kernels.embedding import embedding_ref` finds what else is in the file.
+`embedding`, `linear` and `rms_norm` are files and functions: `import kernels.embedding as m` gives
+the function; `from kernels.embedding import embedding_ref` finds what else is in the file.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kernels.cross_entropy import CHUNKS, linear_cross_entropy, linear_cross_entropy_ref
 from kernels.embedding import embedding, embedding_ref
+from kernels.linear import linear, linear_ref
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
 from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
@@ -29,6 +30,7 @@ class Operators(NamedTuple):
     rms_norm: Callable
     add_rms_norm: Callable
     rotary_qk_norm: Callable
+    linear: Callable
     squared_relu_mlp: Callable
     linear_cross_entropy: Callable
 
@@ -40,6 +42,7 @@ _OPERATORS = {
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         rotary_qk_norm=rotary_qk_norm,
+        linear=linear,
         squared_relu_mlp=squared_relu_mlp,
         linear_cross_entropy=linear_cross_entropy,
     ),
@@ -50,6 +53,7 @@ _OPERATORS = {
         rms_norm=rms_norm_ref,
         add_rms_norm=add_rms_norm_ref,
         rotary_qk_norm=rotary_qk_norm_ref,
+        linear=linear_ref,
         squared_relu_mlp=squared_relu_mlp_ref,
         linear_cross_entropy=partial(linear_cross_entropy_ref, chunks=CHUNKS),
     ),

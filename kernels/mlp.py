@@ -4,10 +4,10 @@
     du = (dy W2) 2 sqrt(h)    dx = du W1    dW1 = du^T x    dW2 = dy^T h
 
 x (..., C), W1 (F, C), W2 (C, F), all of one dtype. Kept for backward: x and h, not u. On Hopper the
-activation and its derivative are in the epilogues of the products before them
-(kernels/squared_relu_product.py); elsewhere, and for few rows or few columns, they are kernels of
-their own behind cuBLAS's products (kernels/squared_relu.py). The other four products are always
-cuBLAS's, a weight's gradient in two parts where that is faster.
+activation and its derivative are in the epilogues of the products before them (kernels/product.py);
+elsewhere, and for few rows or few columns, they are kernels of their own behind cuBLAS's products
+(kernels/squared_relu.py). The other four products are always cuBLAS's, a weight's gradient in two
+parts where that is faster.
 
 FLOPs: 12 M C F, of which 4 M C F forward.
 """
@@ -18,11 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import as_rows, check_tensors
+from kernels.product import product, takes
 from kernels.squared_relu import squared_relu, squared_relu_bwd, squared_relu_ref
-from kernels.squared_relu_product import ALIGNMENT, least_depth, squared_relu_product
-
-# With fewer rows there are not enough tiles to go round many times.
-LEAST_ROWS = 4096
 
 # A weight's gradient (F, C) or (C, F), and where along F it is cut: the first part's tiles fill the
 # multiprocessors once (C = 1,664: twice), and cuBLAS splits the second along M, which it does not
@@ -39,23 +36,10 @@ def squared_relu_mlp_ref(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> T
     return F.linear(squared_relu_ref(F.linear(x, fc_weight)), proj_weight)
 
 
-def _in_epilogue(a: Tensor, b: Tensor) -> bool:
-    """Whether a product of a (M, K) with the matrix b is the kernel's that ends in the activation:
-    on GPUs of compute capability 9.x, where that was measured to be faster."""
-    return (
-        a.is_cuda
-        and a.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(a.device)[0] == 9
-        and len(a) >= LEAST_ROWS
-        and a.shape[1] >= least_depth()
-        and all(size % ALIGNMENT == 0 for size in b.shape)
-    )
-
-
 @torch.library.custom_op("gptfast::linear_squared_relu", mutates_args=())
 def _linear_squared_relu(x: Tensor, weight: Tensor) -> Tensor:
-    if _in_epilogue(x, weight):
-        return squared_relu_product(x, weight, None)
+    if takes(x, weight.t()):
+        return product(x, weight.t(), squared_relu=True)
     return squared_relu(x @ weight.t())
 
 
@@ -67,8 +51,8 @@ def _(x, weight):
 
 @torch.library.custom_op("gptfast::squared_relu_dgrad", mutates_args=())
 def _squared_relu_dgrad(dy: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-    if _in_epilogue(dy, weight):
-        return squared_relu_product(dy, weight, h)
+    if takes(dy, weight):
+        return product(dy, weight, gate=h)
     return squared_relu_bwd(dy @ weight, h)
 
 

@@ -10,12 +10,17 @@ kernels without warp specialisation, between whose warps the compiler puts barri
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from types import FunctionType, ModuleType, SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
+
+from kernels import product, product_tiles
+from tests.operators import DEVICE
 
 
 class Hazard(AssertionError):
@@ -232,3 +237,27 @@ _LANGUAGE = (
     *("gl", "mbarrier", "tma", "async_load", "async_store"),
     *("fence_async_shared", "warpgroup_mma", "warpgroup_mma_wait"),
 )
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, *, late: bool = True) -> None:
+    """kernels/product.py's kernel is emulated."""
+    emulated = Emulated(product_tiles, "product_kernel", late=late)
+    monkeypatch.setattr(product, "product_kernel", emulated)
+
+
+def emulate_or_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU it is emulated; on one that is not Hopper the test is skipped."""
+    if DEVICE == "cpu":
+        emulate(monkeypatch)
+    elif torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not Hopper")
+
+
+def multiply_by_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators multiply by kernels/product.py's kernel, emulated or on Hopper, however few rows
+    there are; where a row is too short for it, as ever."""
+    emulate_or_skip(monkeypatch)
+    for module, name in (("kernels.linear", "is_faster"), ("kernels.mlp", "takes")):
+        monkeypatch.setattr(
+            import_module(module), name, lambda a, b: a.shape[1] >= product.least_depth()
+        )

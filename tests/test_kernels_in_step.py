@@ -24,18 +24,27 @@ from gptfast import parallel
 from gptfast.attention import choose_attention
 from gptfast.model import GPT, GPTConfig
 from kernels.cross_entropy import CHUNKS
+from kernels.product import LEAST_FILL, fill
 
 LAYERS = 3
 # A layer's two, the embedding's, and the head's.
 NORMS = 2 * LAYERS + 2
 
-# Where Hopper's copy engine is, a layer's products end in the activation and its derivative.
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-ACTIVATIONS = (
-    {"_squared_relu_product_kernel": 2 * LAYERS}
-    if HOPPER
-    else {"_squared_relu_fwd_kernel": LAYERS, "_squared_relu_bwd_kernel": LAYERS}
-)
+# The GPU's step: rows, heads of 128, width.
+ROWS, HEADS = 4096, 8
+WIDTH = 128 * HEADS
+
+
+def _products() -> dict[str, int]:
+    """On Hopper two of a layer's end in the activation and its derivative; qkv's and the attention
+    projection are ours, too, if they fill the GPU."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return {"_squared_relu_fwd_kernel": LAYERS, "_squared_relu_bwd_kernel": LAYERS}
+    programs = torch.cuda.get_device_properties("cuda").multi_processor_count
+    ours = sum(fill(ROWS, n, programs) >= LEAST_FILL for n in (3 * WIDTH, WIDTH))
+    return {"product_kernel": (2 + ours) * LAYERS}
+
+
 KERNELS = {
     "_embedding_bwd_rows_kernel": 1,
     "_embedding_bwd_pieces_kernel": 1,
@@ -44,7 +53,7 @@ KERNELS = {
     "_rms_norm_bwd_kernel": NORMS,
     "_rotary_qk_norm_fwd_kernel": LAYERS,
     "_rotary_qk_norm_bwd_kernel": LAYERS,
-    **ACTIVATIONS,
+    **_products(),
     "_cross_entropy_tiles_kernel": CHUNKS,
     # The head's two gradients.
     "_scale_kernel": 2,
@@ -60,6 +69,7 @@ OPERATORS = {
     "squared_relu_mlp": LAYERS,
     "squared_relu_mlp_bwd": LAYERS,
     "weight_gradient": LAYERS,
+    "linear": 2 * LAYERS,
     "linear_cross_entropy_fwd": 1,
     "linear_cross_entropy_bwd": 1,
 }
@@ -68,7 +78,7 @@ FORWARD_GRAPH = {
     "gptfast.add_rms_norm": 2,
     "gptfast.rotary_qk_norm": 1,
     "gptfast.squared_relu_mlp": 1,
-    "aten.mm": 2,
+    "gptfast.linear": 2,
     # Of the weights of q, k and v; activations and their gradients are never copied together.
     "aten.cat": 1,
 }
@@ -209,8 +219,8 @@ def kernels_of_a_step(make_gpt) -> Counter:
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_kernels_of_a_step(name):
     torch._dynamo.reset()
-    # So wide that the MLP's products end in the activation.
-    ran = kernels_of_a_step(model_of(name, sequence_len=512, head_dim=128, n_head=5))
+    # So wide that the products are ours.
+    ran = kernels_of_a_step(model_of(name, sequence_len=ROWS // 8, head_dim=128, n_head=HEADS))
     ours = {kernel: ran[kernel] for kernel in kernels_of_the_package() if ran[kernel]}
     replaced = {
         what: [kernel for kernel in ran if re.search(pattern, kernel)]

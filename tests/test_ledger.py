@@ -284,12 +284,12 @@ def test_a_fused_product_is_the_layers_row():
     wide, narrow = [M, 4 * C], [M, C]
     with trace.step(0):
         with trace.op("gptfast::linear_squared_relu", [narrow, [4 * C, C]], [], [BF16] * 2):
-            trace.kernel("_squared_relu_product_kernel", 1300)
+            trace.kernel("product_kernel", 1300)
         with (
             trace.backward("CompiledFunctionBackward"),
             trace.op("gptfast::squared_relu_dgrad", [narrow, [C, 4 * C], wide], [], [BF16] * 3),
         ):
-            trace.kernel("_squared_relu_product_kernel", 1400)
+            trace.kernel("product_kernel", 1400)
     found = build(stretch(trace.json()), JOB, "NVIDIA H200", CEILINGS)
     products = [row for row in found.rows if row.group == PRODUCTS]
     assert {row.name: row.ms for row in products} == {
@@ -297,6 +297,23 @@ def test_a_fused_product_is_the_layers_row():
         "mlp projection, input gradient": pytest.approx(1.4),
     }
     assert all(row.flops == 2 * M * C * 4 * C for row in products)
+
+
+@pytest.mark.parametrize(("name", "n"), [("qkv", 3 * C), ("attention projection", C)])
+def test_a_linear_layer_is_its_row(name, n):
+    """By our kernel, or by the product within."""
+    for kernel in ("product_kernel", "nvjet_sm90"):
+        trace = FakeTrace()
+        with trace.step(0), trace.op("gptfast::linear", [[M, C], [n, C]], [], [BF16] * 2):
+            if kernel == "product_kernel":
+                trace.kernel(kernel, 900)
+            else:
+                with trace.op("aten::mm", [[M, C], [C, n]], [[C, 1], [1, C]], [BF16] * 2):
+                    trace.kernel(kernel, 900)
+        found = build(stretch(trace.json()), JOB, "NVIDIA H200", CEILINGS)
+        [row] = (row for row in found.rows if row.group == PRODUCTS)
+        assert (row.name, row.ms) == (f"{name}, forward", pytest.approx(0.9))
+        assert row.flops == 2 * M * C * n
 
 
 def test_a_weights_gradient_in_parts_is_one_row():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kernels import mlp, squared_relu_product
+from kernels import mlp
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
-from tests.gluon_emulator import Emulated
+from kernels.product import takes
+from tests.gluon_emulator import multiply_by_product
 from tests.operators import (
     DEVICE,
     DTYPES,
@@ -20,7 +21,6 @@ from tests.operators import (
 TRAINED = [(65536, 1280, 5120), (4097, 2048, 8192)]
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-KERNEL = "_squared_relu_product_kernel"
 
 
 def operands(m: int, c: int, f: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -30,12 +30,8 @@ def operands(m: int, c: int, f: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.fixture
 def in_epilogue(monkeypatch):
-    """All products that can end in the activation do: on a Hopper GPU, or emulated."""
-    monkeypatch.setattr(mlp, "_in_epilogue", lambda a, b: True)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(squared_relu_product, KERNEL, Emulated(squared_relu_product, KERNEL))
-    elif torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("not Hopper")
+    """All products that can end in the activation do."""
+    multiply_by_product(monkeypatch)
 
 
 @over_dtypes
@@ -145,5 +141,5 @@ def test_refuses(x, fc, proj, message):
 def test_accurate_at_trained_shapes(shape):
     inputs = operands(*shape, torch.bfloat16)
     if torch.cuda.get_device_capability()[0] == 9:
-        assert mlp._in_epilogue(inputs[0], inputs[1])
+        assert takes(inputs[0], inputs[1].t())
     assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)

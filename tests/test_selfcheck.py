@@ -20,12 +20,11 @@ from gptfast.config_chat import MixtureSettings, mid_preset, sft_preset
 from gptfast.errors import UserError
 from gptfast.selfcheck import FAILED, OK, SKIPPED, run_checks
 from gptfast.selfcheck import checks as selfcheck
-from gptfast.selfcheck.kernels import MANY, Case, kernel_cases, kernel_error
+from gptfast.selfcheck.kernels import MANY, Case, full_gpu, kernel_cases, kernel_error
 from gptfast.selfcheck.links import _reduce
 from gptfast.speedrun import Here, SpeedrunSettings, make_plan
 from gptfast.speedrun.settings import FlagSettings
-from kernels import mlp
-from kernels.squared_relu_product import ALIGNMENT, least_depth
+from kernels.product import LEAST_FILL, fill, suits
 from tests.core_cases import write_bundle
 from tests.operators import DEVICE
 from train.speedrun import read_flags
@@ -69,11 +68,14 @@ def test_kernels_agree_with_their_references(name):
     assert kernel_error(CASES[name], torch.device(DEVICE), dtype) is None
 
 
-def test_on_a_gpu_the_activation_is_also_tried_in_its_products():
+def test_on_a_gpu_our_product_is_tried_too():
+    """Alone, both ways, and with the activation."""
     rows, columns = MANY
-    assert rows >= mlp.LEAST_ROWS
-    assert columns >= least_depth()
-    assert columns % ALIGNMENT == 0
+    assert suits(rows, columns, 4 * columns)
+    for multiprocessors in (78, 114, 132):
+        rows, columns = full_gpu(multiprocessors)
+        assert suits(rows, columns, columns)
+        assert fill(rows, columns, multiprocessors) >= LEAST_FILL
 
 
 @pytest.mark.parametrize("part", ["result", "gradient"])

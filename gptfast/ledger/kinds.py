@@ -165,8 +165,8 @@ def _weight_gradient(event: Event, job: Job) -> Kind | None:
 
 
 def _fused_product(event: Event, job: Job) -> Kind | None:
-    """An operator of ours that is a product with something in its epilogue: x (..., K) and a
-    weight (N, K) or (K, N), with a formula for its FLOPs. The linear cross-entropy is none: its
+    """An operator of ours that is a product, perhaps with something in its epilogue: x (..., K) and
+    a weight (N, K) or (K, N), with a formula for its FLOPs. The linear cross-entropy is none: its
     products are PyTorch's own."""
     op = event.within("gptfast::")
     if op is None or op.name.startswith("gptfast::linear_cross_entropy") or len(op.dims) < 2:

@@ -21,9 +21,11 @@ from kernels.few_rows import (
     supports_pdl,
 )
 from kernels.launch import runs_kernel
+from kernels.linear import linear, linear_ref
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.muon import add_update, add_update_ref, nesterov, nesterov_ref
 from kernels.newton_schulz import newton_schulz, newton_schulz_ref
+from kernels.product import CONFIG
 from kernels.qk_norm import rotary_qk_norm, rotary_qk_norm_ref
 from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from kernels.rotary import rotary, rotary_ref
@@ -65,6 +67,10 @@ def kernel_cases(device: torch.device) -> list[Case]:
     }
     qkv, head = (1, _T, 3 * _H * _D), (1, _T, _H, _D)
     rows, matrices = (_T, _C), (2, _T, _C)
+    full, many = [], []
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        full, many = [full_gpu(multiprocessors)], [MANY]
     # One word is every other token, in several parts of the sum; others are a few, or none.
     numbers = torch.arange(6 * SPLIT, device=device)
     ids = numbers % 2 * numbers % _V
@@ -78,7 +84,8 @@ def kernel_cases(device: torch.device) -> list[Case]:
         Case("rotary", *_bound(rotary, rotary_ref, **angles), (head, head)),
         Case("rotary_qk_norm", *_bound(rotary_qk_norm, rotary_qk_norm_ref, **heads), (qkv,)),
         Case("squared_relu", squared_relu, squared_relu_ref, (rows,)),
-        *(_mlp_case(*size) for size in [(_T, _C)] + [MANY] * (device.type == "cuda")),
+        *(_linear_case(*size) for size in [rows, *full]),
+        *(_mlp_case(*size) for size in [rows, *many]),
         Case(
             "linear_cross_entropy",
             *_bound(linear_cross_entropy, linear_cross_entropy_ref, **targets),
@@ -124,6 +131,16 @@ def kernel_cases(device: torch.device) -> list[Case]:
             backward=False,
         ),
     ]
+
+
+def full_gpu(multiprocessors: int) -> tuple[int, int]:
+    """(rows, width) of a square layer whose product is ours, both ways: its tiles fill the GPU."""
+    return CONFIG["BLOCK_M"] * multiprocessors, 3 * CONFIG["BLOCK_N"]
+
+
+def _linear_case(rows: int, width: int) -> Case:
+    name = "linear" if rows == _T else f"linear, {rows} x {width}"
+    return Case(name, linear, linear_ref, ((rows, width), (width, width)))
 
 
 def _mlp_case(rows: int, width: int) -> Case:

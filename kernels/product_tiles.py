@@ -1,38 +1,9 @@
-"""A product that ends in squared ReLU, and one that ends in its derivative, for Hopper, in Gluon.
+"""The Gluon kernel of kernels/product.py: its loop over tiles, and what a tile ends in.
 
-    h = max(x W^T, 0)^2                    x (M, C), W (F, C), h (M, F)
-    du = (dy V) 2 sqrt(h)                  dy (M, C), V (C, F), h and du (M, F)
-
-The first is a layer's product with the activation in its epilogue: the pre-activation is never
-stored, nor rounded. The second is the input gradient of the layer behind, V, with the activation's
-derivative in its epilogue, so that the gradient of h is never stored, though rounded, as where two
-kernels do this. bf16 or fp16, sums in fp32. kernels/mlp.py makes a layer of them.
-
-Tensor cores would rest during an epilogue. So a tile's product stays in registers, rounded, and the
-next tile begins: while each of its first steps multiplies BLOCK_K columns, one of PARTS of the tile
-before is multiplied by its block of the gate, put down and stored. Everything goes through the copy
-engine (TMA). As many programs as the GPU has multiprocessors take tiles as they come free, so that
-a program whose multiprocessor NCCL holds meanwhile keeps nobody waiting. Why Gluon: Triton's
-compiler plans the epilogue behind the loop, and registers with it.
-
-FLOPs: 2 M C F each. Bytes, E = M F elements: 2 E and the operands', and 2 E more with the gate h;
-against a product with an elementwise kernel behind it, each saves 4 E (the pre-activation or dh,
-written and read). What limits it is shared memory: wgmma reads 80 KiB a step and TMA writes 48, of
-the 128 that its 1,024 clocks have room for; the gate, in and out, and the result take 10 % more.
-At d20's shape on one H200, under load (bench/tune_squared_relu_product.py, 2026-11-23, Triton 3.6):
-
-                       this kernel    cuBLAS + elementwise    cuBLAS alone    in Triton
-    forward            1.339 ms       1.632 ms                1.350 ms        1.381 ms
-    input gradient     1.528 ms       1.800 ms                1.378 ms        1.626 ms
-
-In whole steps, two and two in turns: 397.1 ms instead of the 399.8 that they took in Triton.
+Threads wait for the copy engine at barriers: one a slot of operands, one a buffer of the gate. A
+step is counted over all tiles of a program, and its slot is that number modulo STAGES.
 """
 
-from collections.abc import Mapping
-
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -42,31 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from kernels.launch import AotCase
-
-# The copy engine takes rows that begin at multiples of 16 bytes; so, it asserts, must matrices.
-_ALIGNED_BYTES = 16
-ALIGNMENT = 8  # elements of bf16 or fp16
 
 # Triton 3.6's names and those from 3.8 on.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-# Tiles of 128 x 256 read the fewest bytes of shared memory a multiplication. STAGES: of operands;
-# PARTS: of a tile's result; GATES and OUTS: buffers for such a part of the gate, and of the result.
-CONFIG = {
-    "BLOCK_M": 128,
-    "BLOCK_N": 256,
-    "BLOCK_K": 64,
-    "STAGES": 3,
-    "PARTS": 8,
-    "GATES": 4,
-    "OUTS": 2,
-    "GROUP_M": 8,
-    "num_warps": 8,
-}
 
 
 @gluon.jit
@@ -100,28 +50,30 @@ def _rounded(parts, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_step(a, b, slots, ready, step, i, j, k, wanted, GATED: gl.constexpr):
+def _fetch_step(a, b, slots, ready, step, i, j, k, wanted, TRANSPOSED: gl.constexpr):
     """Begins to load step k's operands of tile (i, j), the step-th of all, if it is wanted."""
     a_slots, b_slots = slots
     slot = step % a_slots.type.shape[0]
     bar = ready.index(slot)
     BLOCK_K: gl.constexpr = a.block_type.shape[1]
-    BLOCK_N: gl.constexpr = b.block_type.shape[1] if GATED else b.block_type.shape[0]
-    from_b = [k * BLOCK_K, j * BLOCK_N] if GATED else [j * BLOCK_N, k * BLOCK_K]
+    BLOCK_N: gl.constexpr = b.block_type.shape[0] if TRANSPOSED else b.block_type.shape[1]
+    from_b = [j * BLOCK_N, k * BLOCK_K] if TRANSPOSED else [k * BLOCK_K, j * BLOCK_N]
     mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes, pred=wanted)
     async_load(a, [i * a.block_type.shape[0], k * BLOCK_K], bar, a_slots.index(slot), pred=wanted)
     async_load(b, from_b, bar, b_slots.index(slot), pred=wanted)
 
 
 @gluon.jit
-def _multiply_step(a, b, slots, ready, sums, step, k, steps, tile, following, GATED: gl.constexpr):
+def _multiply_step(
+    a, b, slots, ready, sums, step, k, steps, tile, following, TRANSPOSED: gl.constexpr
+):
     """Begins step k of a tile, the step-th of all, and to load the one STAGES - 1 after it, of the
     same tile or of the one that follows: its (i, j), and whether it exists."""
     a_slots, b_slots = slots
     STAGES: gl.constexpr = a_slots.type.shape[0]
     slot = step % STAGES
     mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
-    right = b_slots.index(slot) if GATED else b_slots.index(slot).permute([1, 0])
+    right = b_slots.index(slot).permute([1, 0]) if TRANSPOSED else b_slots.index(slot)
     sums = warpgroup_mma(a_slots.index(slot), right, sums, use_acc=k > 0, is_async=True)
     # The step before has been multiplied: its slot is free.
     sums = warpgroup_mma_wait(1, deps=[sums])
@@ -130,9 +82,8 @@ def _multiply_step(a, b, slots, ready, sums, step, k, steps, tile, following, GA
     i = tile[0] if here else following[0]
     j = tile[1] if here else following[1]
     ahead = ahead if here else ahead - steps
-    _fetch_step(
-        *(a, b, slots, ready, step + STAGES - 1, i, j, ahead, here | following[2]), GATED=GATED
-    )
+    wanted = here | following[2]
+    _fetch_step(*(a, b, slots, ready, step + STAGES - 1, i, j, ahead, wanted), TRANSPOSED)
     return sums
 
 
@@ -183,15 +134,17 @@ def _finish(
 
 
 @gluon.jit
-def _squared_relu_product_kernel(
+def product_kernel(
     a,  # (M, K) in blocks (BLOCK_M, BLOCK_K)
-    b,  # (N, K) in blocks (BLOCK_N, BLOCK_K); with a gate (K, N) in (BLOCK_K, BLOCK_N)
-    gate,  # (M, N) in blocks (BLOCK_M, BLOCK_N / PARTS): h, or None for the activation itself
+    b,  # (K, N) in blocks (BLOCK_K, BLOCK_N); TRANSPOSED: (N, K) in (BLOCK_N, BLOCK_K)
+    gate,  # (M, N) in blocks (BLOCK_M, BLOCK_N / PARTS), or None
     out,  # (M, N) out, in blocks of the same
     taken,  # (1,) int32, 0: tiles that programs have taken, beyond each one's first
     M,
     N,
     K,
+    TRANSPOSED: gl.constexpr,
+    SQUARED_RELU: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -204,8 +157,8 @@ def _squared_relu_product_kernel(
 ):
     GATED: gl.constexpr = gate is not None
     WIDTH: gl.constexpr = BLOCK_N // PARTS
-    B_ROWS: gl.constexpr = BLOCK_K if GATED else BLOCK_N
-    B_COLS: gl.constexpr = BLOCK_N if GATED else BLOCK_K
+    B_ROWS: gl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
+    B_COLS: gl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
     ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
 
@@ -234,7 +187,7 @@ def _squared_relu_product_kernel(
     t = gl.program_id(0)
     i, j = _tile(t, blocks_m, blocks_n, GROUP_M)
     for n in gl.static_range(STAGES - 1):
-        _fetch_step(*(a, b, slots, ready, n, i, j, n, True), GATED=GATED)
+        _fetch_step(*(a, b, slots, ready, n, i, j, n, True), TRANSPOSED)
 
     sums = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, ACCUMULATOR)
     # The tile before this one, and its product in registers.
@@ -244,7 +197,7 @@ def _squared_relu_product_kernel(
     while t < tiles:
         following = (i, j, False)
         sums = _multiply_step(
-            *(a, b, slots, ready, sums, step, 0, steps, (i, j), following), GATED=GATED
+            *(a, b, slots, ready, sums, step, 0, steps, (i, j), following), TRANSPOSED
         )
         # While that multiplies. Whoever is free takes the next tile: another kernel may hold some
         # multiprocessors for a while.
@@ -254,7 +207,7 @@ def _squared_relu_product_kernel(
         for part in gl.static_range(PARTS):
             sums = _multiply_step(
                 *(a, b, slots, ready, sums, step + 1 + part, 1 + part, steps, (i, j), following),
-                GATED=GATED,
+                TRANSPOSED,
             )
             if turn > 0:
                 before = (before_i, before_j)
@@ -274,11 +227,11 @@ def _squared_relu_product_kernel(
                 )
         for k in range(1 + PARTS, steps):
             sums = _multiply_step(
-                *(a, b, slots, ready, sums, step + k, k, steps, (i, j), following), GATED=GATED
+                *(a, b, slots, ready, sums, step + k, k, steps, (i, j), following), TRANSPOSED
             )
         sums = warpgroup_mma_wait(0, deps=[sums])
         y = sums
-        if not GATED:
+        if SQUARED_RELU:
             # Not gl.maximum, which turns NaN into 0.
             y = gl.where(y < 0, 0.0, y)
             y *= y
@@ -294,87 +247,3 @@ def _squared_relu_product_kernel(
         before = (before_i, before_j)
         _finish(gate, gates, gate_ready, out, outs, held[part], before, turn - 1, part, PARTS, PART)
     tma.store_wait(0)
-
-
-def least_depth(config: Mapping[str, int] = CONFIG) -> int:
-    """The smallest K: all parts of a tile are finished within the next one's steps."""
-    return config["BLOCK_K"] * config["PARTS"] + 1
-
-
-def _operand(x: Tensor) -> Tensor:
-    """`x` as the copy engine takes it, contiguous and aligned; if it is not so, a copy."""
-    x = x.contiguous()
-    return x if x.data_ptr() % _ALIGNED_BYTES == 0 else x.clone()
-
-
-def squared_relu_product(
-    a: Tensor, b: Tensor, gate: Tensor | None, config: Mapping[str, int] = CONFIG
-) -> Tensor:
-    """max(a b^T, 0)^2 of b (N, K), or with a gate (M, N) (a b) 2 sqrt(gate) of b (K, N); a (M, K).
-
-    bf16 or fp16 on a Hopper GPU, K and N multiples of ALIGNMENT, K at least `least_depth`; what is
-    not contiguous, or not aligned, is copied first. Checks nothing.
-    """
-    config = dict(config)
-    a, b, gate = _operand(a), _operand(b), None if gate is None else _operand(gate)
-    m, k = a.shape
-    n = b.shape[0] if gate is None else b.shape[1]
-    out = a.new_empty(m, n)
-    if out.numel() == 0:
-        return out
-    rows, cols, depth = (config[f"BLOCK_{letter}"] for letter in "MNK")
-    part = [rows, cols // config["PARTS"]]
-    descriptors = (
-        _descriptor(a, [rows, depth]),
-        _descriptor(b, [cols, depth] if gate is None else [depth, cols]),
-        None if gate is None else _descriptor(gate, part),
-        _descriptor(out, part),
-    )
-    # Emulated, three programs take one tile each, and the first all others.
-    multiprocessors = (
-        torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
-    )
-    programs = min(triton.cdiv(m, rows) * triton.cdiv(n, cols), multiprocessors)
-    with torch.cuda.device_of(a):
-        taken = torch.zeros(1, dtype=torch.int32, device=a.device)
-        _squared_relu_product_kernel[(programs,)](*descriptors, taken, m, n, k, **config)
-    return out
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor.from_tensor(x, block, layout)
-
-
-def aot_cases(capability: tuple[int, int]) -> list[AotCase]:
-    """d20's two, for Hopper."""
-    if capability[0] != 9:
-        return []
-    return [
-        _aot_case("linear_squared_relu bf16", with_gate=False),
-        _aot_case("squared_relu_dgrad bf16", with_gate=True),
-    ]
-
-
-def _aot_case(label: str, *, with_gate: bool) -> AotCase:
-    m, n, k = (CONFIG[f"BLOCK_{letter}"] for letter in "MNK")
-    part = _block_type([m, n // CONFIG["PARTS"]])
-    signature = {
-        "a": _block_type([m, k]),
-        "b": _block_type([k, n] if with_gate else [n, k]),
-        "out": part,
-        "taken": "*i32",
-        **dict.fromkeys("MNK", "i32:16"),
-    }
-    constants: dict[str, int | None] = dict(CONFIG)
-    if with_gate:
-        signature["gate"] = part
-    else:
-        constants["gate"] = None
-    return AotCase(label, _squared_relu_product_kernel, signature, constants, CONFIG["num_warps"])
-
-
-def _block_type(block: list[int]) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return f"tensordesc<bf16{block},{layout!r}>"
