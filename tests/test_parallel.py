@@ -92,7 +92,7 @@ def test_alone_gradients_stay_where_they_are(monkeypatch):
             for at in range(passes):
                 parallel.synchronise_gradients(sharded, at == passes - 1)
                 loss = sharded(ids[:, :-1], ids[:, 1:])
-                with torch.profiler.profile() as profiled:
+                with torch.profiler.profile(acc_events=True) as profiled:
                     loss.backward()
             # Head, blocks, embedding: each for what is reduced, and for the result.
             memory = [tensor.data_ptr() for tensor in given]
@@ -113,7 +113,7 @@ def test_no_gradient_is_kept_that_nobody_wants():
     model.init_weights()
     ids = torch.randint(37, (2, 9))
     loss = model(ids[:, :-1], ids[:, 1:])
-    with torch.profiler.profile() as profiled:
+    with torch.profiler.profile(acc_events=True) as profiled:
         loss.backward()
     kept = [e for e in profiled.events() if e.name == "torch::autograd::AccumulateGrad"]
     assert len(kept) == len([*model.parameters()])
