@@ -28,8 +28,10 @@ def test_within_3_percent_of_every_measured_step():
 def test_the_check_is_of_the_newest_runs_and_tells_the_ratio():
     """And of more GPUs, with older code, from one GPU of that code."""
     said = lines(PredictSettings())[1:4]
+    newest = measured_points()[0].run
     assert said[0].endswith(
-        "measured 396.8 ms, model 396.8 ms, 1.000 of it (commit 25df661, the model's input)"
+        "measured {step_ms} ms, model {step_ms} ms, 1.000 of it (commit {commit}, the model's "
+        "input)".format(**newest)
     )
     assert said[1].endswith(
         "measured 399.3 ms, model 400.0 ms, 1.002 of it (commit 3d59047, older code, whose "
