@@ -11,6 +11,9 @@ d20's on one H200, under load, and a layer's in whole steps (bench/tune_product.
                             ours      cuBLAS      ours       cuBLAS
     qkv                     0.958     0.994 ms    0.920      0.987 ms
     attention projection    0.333     0.345       0.320      0.344
+
+By cuBLAS's time, by itself: d12's 0.97 and 0.98, d32's 0.99 and 0.95; d26's 1.03 and 0.98, of which
+neither is whole tiles wide, stay cuBLAS's (bench/results/product-h200.json).
 """
 
 import torch
