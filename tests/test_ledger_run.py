@@ -12,7 +12,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptfast import optim
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
 from gptfast.ledger import (
@@ -32,8 +31,8 @@ from gptfast.ledger.kinds import ELSE, PRODUCTS
 from gptfast.ledger.trace import STEP, load_trace, stretch
 from gptfast.model import GPT, GPTConfig, flops_per_token
 from gptfast.optim import build_optimizer
-from kernels.newton_schulz import newton_schulz_ref
 from tests.fake_trace import D20, JOB, d20_ledger
+from tests.tuning_cases import leave_out_newton_schulz_kernel
 
 TINY = GPTConfig(sequence_len=32, vocab_size=320, n_layer=2, n_head=2, n_kv_head=2, n_embd=48)
 
@@ -42,7 +41,7 @@ TINY = GPTConfig(sequence_len=32, vocab_size=320, n_layer=2, n_head=2, n_kv_head
 def plain_optimizer() -> Iterator[None]:
     """Without kernels: Triton's interpreter takes a second for each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "newton_schulz", newton_schulz_ref)
+        leave_out_newton_schulz_kernel(patch)
         yield
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from gptfast import loop, optim, parallel
+from gptfast import loop, parallel
 from gptfast.checkpoint import Checkpointer
 from gptfast.config import OptimSettings
 from gptfast.errors import UserError
@@ -21,15 +21,12 @@ from gptfast.metrics import MetricsLog
 from gptfast.model import GPT, GPTConfig
 from gptfast.optim import build_optimizer
 from gptfast.plan import Plan
-from kernels.newton_schulz import newton_schulz_ref
+from tests.tuning_cases import plain_newton_schulz
+
+__all__ = ["plain_newton_schulz"]
+pytestmark = pytest.mark.usefixtures("plain_newton_schulz")
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
-
-
-@pytest.fixture(autouse=True)
-def plain_newton_schulz(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop is tested here; its kernel, interpreted, would take most of the time."""
-    monkeypatch.setattr(optim, "newton_schulz", newton_schulz_ref)
 
 
 @dataclass

@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import mfu, mfu_step
 from bench.mfu_step import MeasureSettings, MfuSettings, preset
-from gptfast import optim, parallel
+from gptfast import parallel
 from gptfast.config import ModelSettings, SystemSettings
 from gptfast.errors import UserError
 from gptfast.ledger import StepProfiler, read_json
 from gptfast.ledger.book import checks, unnamed_kernels
 from gptfast.ledger.kinds import PRODUCTS
 from gptfast.model import GPTConfig, flops_per_token
-from kernels.newton_schulz import newton_schulz_ref
+from tests.tuning_cases import leave_out_newton_schulz_kernel
 
 
 def tiny(out: Path, **more) -> MfuSettings:
@@ -41,8 +41,7 @@ def measured(tmp_path_factory) -> tuple[Path, list[str], StepProfiler]:
         return profilers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        # Newton-Schulz's kernel, interpreted, would take most of the time.
-        patch.setattr(optim, "newton_schulz", newton_schulz_ref)
+        leave_out_newton_schulz_kernel(patch)
         # One thread: on a busy machine two that wait for each other take minutes.
         patch.setattr(os, "cpu_count", lambda: 1)
         patch.setattr(mfu_step, "StepProfiler", profiler)

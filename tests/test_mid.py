@@ -17,6 +17,7 @@ from gptfast.model import GPT
 from gptfast.stage import Stage
 from tests.tuning_cases import (
     figures,
+    leave_out_newton_schulz_kernel,
     plain_newton_schulz,
     rows,
     run_stage,
@@ -60,10 +61,7 @@ def to_folder(settings: MidSettings, out: Path, **run: object) -> MidSettings:
 def whole(settings: MidSettings) -> Path:
     """A run from beginning to end."""
     with pytest.MonkeyPatch.context() as patch:
-        from gptfast import optim
-        from kernels.newton_schulz import newton_schulz_ref
-
-        patch.setattr(optim, "newton_schulz", newton_schulz_ref)
+        leave_out_newton_schulz_kernel(patch)
         run_stage(mid.train, settings)
     return settings.run.out
 

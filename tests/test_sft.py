@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import optim
 from gptfast.attention import choose_attention
 from gptfast.chat_data import PackedRows, RowLoader, Tokens, tokenise
 from gptfast.chat_data.mixture import Mixture
@@ -24,12 +23,12 @@ from gptfast.model import GPT, GPTConfig
 from gptfast.report.build import build_report
 from gptfast.report.runs import read_folders
 from gptfast.tasks import Conversations
-from kernels.newton_schulz import newton_schulz_ref
 from tests.fake_runs import figures as report_figures
 from tests.tuning_cases import (
     BYTES,
     CONFIG,
     figures,
+    leave_out_newton_schulz_kernel,
     plain_newton_schulz,
     rows,
     run_stage,
@@ -135,7 +134,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> SFTSettings:
 def whole(settings: SFTSettings) -> tuple[Path, list[str]]:
     """A run from beginning to end, and what it said."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "newton_schulz", newton_schulz_ref)
+        leave_out_newton_schulz_kernel(patch)
         said = run_stage(sft.train, settings)
     return settings.run.out, said
 

@@ -13,14 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gptfast import optim, parallel
+from gptfast import parallel
 from gptfast.model import GPTConfig
 from gptfast.rl.config import QuestionSettings, RLSettings, rl_preset
 from gptfast.rl.grpo import advantages
 from gptfast.rl.loader import RolloutLoader
 from gptfast.tasks.toy import Toy
-from kernels.newton_schulz import newton_schulz_ref
-from tests.tuning_cases import figures, plain_newton_schulz, rows, run_stage, write_source
+from tests.tuning_cases import (
+    figures,
+    leave_out_newton_schulz_kernel,
+    plain_newton_schulz,
+    rows,
+    run_stage,
+    write_source,
+)
 from train import rl
 
 pytestmark = pytest.mark.usefixtures("plain_newton_schulz")
@@ -67,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run from beginning to end, and what it said."""
     run = tmp_path_factory.mktemp("rl") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "newton_schulz", newton_schulz_ref)
+        leave_out_newton_schulz_kernel(patch)
         said = train(small(run))
     return run, said
 

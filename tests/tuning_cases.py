@@ -24,10 +24,20 @@ CONFIG = GPTConfig(
 _ANSWERS = ("yes", "no", "perhaps", "not today", "certainly")
 
 
+def leave_out_newton_schulz_kernel(patch: pytest.MonkeyPatch) -> None:
+    """The optimizer takes what a CPU takes where nothing is interpreted: plain PyTorch, in fp32,
+    since bf16 is slow on many. Either the kernel or bf16 would take most of a small run's time."""
+
+    def plain(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+        return newton_schulz_ref(x, steps, torch.float32).bfloat16()
+
+    patch.setattr(optim, "newton_schulz", plain)
+
+
 @pytest.fixture
 def plain_newton_schulz(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stages are tested; a kernel, interpreted, would take most of the time."""
-    monkeypatch.setattr(optim, "newton_schulz", newton_schulz_ref)
+    """For tests of what stands around the optimizer."""
+    leave_out_newton_schulz_kernel(monkeypatch)
 
 
 def write_source(folder: Path) -> Path:
