@@ -86,17 +86,28 @@ def _compile_labelled(job: tuple[str, int]) -> dict[str, int]:
     return compile_case(cases(arch)[label], arch)
 
 
+def _branches(case: AotCase) -> tuple:
+    """What decides which of a kernel's branches are compiled, whatever the sizes and the tensors'
+    dtypes: which arguments are there, and constants that are no number."""
+    others = [
+        (name, value)
+        for name, value in case.constexprs.items()
+        if isinstance(value, bool) or not isinstance(value, int | float)
+    ]
+    return case.kernel, frozenset(case.signature), frozenset(others)
+
+
 def chosen(every: bool) -> list[tuple[str, int]]:
-    """(label, arch): all launches for all of ARCHS, or, a third less, all for sm_90 and one of each
-    kernel for the others."""
+    """(label, arch): all launches for all of ARCHS, or, half of them, the first of those for sm_90
+    that take the same branches of a kernel and one of each kernel for the others."""
     jobs = []
     for arch in ARCHS:
-        first = {case.kernel: label for label, case in reversed(cases(arch).items())}
-        jobs += [
-            (label, arch)
-            for label, case in cases(arch).items()
-            if every or arch == 90 or first[case.kernel] == label
-        ]
+        listed = cases(arch)
+        alike = {
+            label: _branches(case) if arch == 90 else case.kernel for label, case in listed.items()
+        }
+        first = {kind: label for label, kind in reversed(alike.items())}
+        jobs += [(label, arch) for label, kind in alike.items() if every or first[kind] == label]
     return jobs
 
 
