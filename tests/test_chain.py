@@ -4,7 +4,6 @@ killed once and resumed."""
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from importlib import import_module
@@ -14,10 +13,10 @@ import pytest
 
 from gptfast.checkpoint.files import list_steps, read_manifest, step_folder
 from tests.tuning_cases import plain_newton_schulz, rows
+from tests.warm_start import start
 
 __all__ = ["plain_newton_schulz"]
 
-ROOT = Path(__file__).parent.parent
 # Stage -> its flags; what a stage needs beyond them comes from the run before.
 STAGES = {
     "base": [
@@ -40,25 +39,16 @@ STAGES = {
 EVERY = ["--eval-every=0", "--save-every=4"]
 
 
-def killed_after_a_checkpoint(stage: str, flags: list[str], checkpoints: Path) -> None:
+def killed_after_a_checkpoint(stage: str, flags: list[str], folder: Path) -> None:
     """Start a stage as users do; kill -9 as soon as there is something to go on from."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / f"{stage}.py"), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+    run = start(folder / "started" / stage, stage, *flags)
     deadline = time.monotonic() + 100
-    while not list_steps(checkpoints):
-        assert run.poll() is None, run.communicate()[0]
+    while not list_steps(folder / "runs" / f"{stage}-d2" / "checkpoints"):
+        assert run.returncode is None, run.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.communicate(timeout=30)
-    assert run.returncode == -signal.SIGKILL
+    run.kill()
+    assert run.wait(30) == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("plain_newton_schulz")
@@ -71,7 +61,7 @@ def test_from_text_to_rewards_each_stage_killed_and_resumed(tmp_path, monkeypatc
     for stage in STAGES:
         run = tmp_path / "runs" / f"{stage}-d2"
         flags = ["--device=cpu", *STAGES[stage], *EVERY, f"--cache={tmp_path / 'cache'}"]
-        killed_after_a_checkpoint(stage, flags, run / "checkpoints")
+        killed_after_a_checkpoint(stage, flags, tmp_path)
         # Resumed in this process, which has imported everything already.
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *flags, "--resume"])
         import_module(f"train.{stage}").main()

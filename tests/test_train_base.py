@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptfast.run import exit_code
+from tests.warm_start import start_ranks
 from train import base
 
 ROOT = Path(__file__).parent.parent
@@ -46,11 +47,12 @@ def start(
     )
 
 
-def train(*flags: str, processes: int = 1, code: int = 0) -> tuple[str, str]:
+def train(*flags: str, processes: int = 1) -> str:
+    """What it said on stdout."""
     run = start(*flags, processes=processes)
     out, err = run.communicate(timeout=280)
-    assert run.returncode == code, f"exit code {run.returncode}\n{out}\n{err}"
-    return out, err
+    assert run.returncode == 0, f"exit code {run.returncode}\n{out}\n{err}"
+    return out
 
 
 def rows(run: Path, kind: str) -> list[dict]:
@@ -69,7 +71,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path
     """A run of two processes; what it said lies in it."""
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
     flags = (*TINY, f"--cache={cache}", f"--out={run}", "--log-to", "tensorboard")
-    out, _ = train(*flags, processes=2)
+    out = train(*flags, processes=2)
     (run / "said.txt").write_text(out)
     return run
 
@@ -94,21 +96,21 @@ def test_a_run_ends_with_everything_it_promises(uninterrupted):
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, cache, uninterrupted):
     run = tmp_path / "run"
-    flags = (*TINY, f"--cache={cache}", f"--out={run}")
-    killed = start(*flags, processes=2)
+    flags = ("--device=cpu", *TINY, f"--cache={cache}", f"--out={run}")
+    killed = start_ranks(tmp_path / "killed", 2, "base", *flags)
     deadline = time.monotonic() + 200
     while not (run / "checkpoints" / "step_000004").exists():
-        assert killed.poll() is None, killed.communicate()
+        assert all(rank.returncode is None for rank in killed), [rank.said() for rank in killed]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(os.getpgid(killed.pid), 0)
-    for pid in children(killed.pid):
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate(timeout=60)
+    for rank in killed:
+        rank.kill()
+    assert [rank.wait(60) for rank in killed] == [-signal.SIGKILL] * 2
     assert len(rows(run, "step")) < 12
 
-    out, _ = train(*flags, "--resume", processes=2)
-    assert "resumed after step" in out
+    resumed = start_ranks(tmp_path / "resumed", 2, "base", *flags, "--resume")
+    assert [rank.wait(200) for rank in resumed] == [0, 0], [rank.said() for rank in resumed]
+    assert "resumed after step" in resumed[0].said()[0]
     assert figures(run) == figures(uninterrupted)
 
 
@@ -119,7 +121,7 @@ def test_resumes_on_another_world_size(tmp_path, cache, uninterrupted):
     checkpoint = uninterrupted / "checkpoints" / "step_000008"
     (run / "checkpoints" / "step_000008").symlink_to(checkpoint)
     flags = (*TINY, f"--cache={cache}", f"--out={run}", "--resume")
-    out, _ = train(*flags, "--device-batch-size=8", "--total-batch-size=1024")
+    out = train(*flags, "--device-batch-size=8", "--total-batch-size=1024")
     assert "checkpoint of 2 processes on 1" in out
     assert [row["step"] for row in rows(run, "step")] == [8, 9, 10, 11]
     # The same weights at step 8 on the same text, packed into other rows.
@@ -193,11 +195,11 @@ def children(pid: int) -> list[int]:
 
 
 def test_of_several_processes_one_tells_the_mistake(tmp_path, cache):
-    flags = (*TINY, f"--cache={cache}", f"--out={tmp_path / 'run'}", "--depth=11")
-    # torchrun's own exit code is 1 whatever its workers' was.
-    _, err = train(*flags, processes=2, code=1)
-    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
-    assert "exitcode  : 2" in err
+    flags = ("--device=cpu", *TINY, f"--cache={cache}", f"--out={tmp_path / 'run'}", "--depth=11")
+    ranks = start_ranks(tmp_path / "ranks", 2, "base", *flags)
+    assert [rank.wait(100) for rank in ranks] == [2, 2]
+    told = [line for rank in ranks for line in rank.said()[1].splitlines()]
+    assert sum(line.startswith("error: ") for line in told) == 1
 
 
 @pytest.mark.parametrize(
