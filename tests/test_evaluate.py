@@ -31,7 +31,7 @@ from gptfast.evaluate.loading import (
     random_model,
 )
 from gptfast.model import GPT, GPTConfig
-from gptfast.run import write_json
+from gptfast.run import exit_code, write_json
 from gptfast.tasks import chat_task
 from gptfast.tokenizer import Tokenizer
 from tests.core_cases import VOCAB, make_model, make_tokenizer, write_bundle
@@ -41,13 +41,12 @@ ROOT = Path(__file__).parent.parent
 CPU = Placement(torch.device("cpu"), attention="math")
 
 
-def evaluate(*arguments: object, processes: int = 1) -> str:
-    """What train/evaluate.py says."""
+def evaluate(*arguments: object, processes: int) -> str:
+    """What train/evaluate.py says, under torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}"]
     command += [str(ROOT / "train" / "evaluate.py"), *map(str, arguments), "--device=cpu"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
@@ -112,7 +111,7 @@ def write_chat_data(folder: Path) -> Path:
     return folder
 
 
-def test_chat_writes_results_and_the_reports_section(tmp_path):
+def test_chat_writes_results_and_the_reports_section(tmp_path, monkeypatch, capsys):
     write_chat_data(tmp_path / "data")
     model, tokenizer = make_model(), make_tokenizer()
     tokenizer.save(tmp_path / "tokenizer")
@@ -120,10 +119,15 @@ def test_chat_writes_results_and_the_reports_section(tmp_path):
     run = save_run(tmp_path / "mine", model, tokenizer, 30, **meta)
     out = run / "evaluation" / "step_000030"
 
-    said = evaluate(
+    arguments = [
         *("chat", "-i", run, "-a", "ARC-Easy|GSM8K", "-x", 8, "-m", 6, "-t", 0.5, "-n", 2, "-k", 9),
-        *("-b", 3, "-s", 30, "-d", "float32", "--chat-data", tmp_path / "data"),
-    )
+        *("-b", 3, "-s", 30, "-d", "float32", "--chat-data", tmp_path / "data", "--device=cpu"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    # One thread: several would wait for each other longer than they compute.
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert exit_code(recipe.main) == 0
+    said = capsys.readouterr().out
     names = ("ARC-Easy", "GSM8K")
     tasks = {name: chat_task(name, data=tmp_path / "data", cache=tmp_path) for name in names}
     expected = evaluate_chat(

@@ -2,8 +2,8 @@
 
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from datetime import datetime
@@ -324,16 +324,14 @@ def test_a_ledger_becomes_the_waterfall(tmp_path):
     assert "ledger.json is a ledger of another kind" in text
 
 
-def test_the_recipe(everything, tmp_path):
-    command = [sys.executable, str(ROOT / "train" / "report.py"), str(everything)]
-    run = subprocess.run(
-        [*command, f"--out={tmp_path / 'r'}"],
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(tmp_path / "r" / f"report.{k}") for k in ("html", "md")]
+def test_the_recipe(everything, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(everything), f"--out={tmp_path / 'r'}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "train" / "report.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "r" / f"report.{k}") for k in ("html", "md")
+    ]
     text = (tmp_path / "r" / "report.md").read_text()
     made = re.search(r"^Generated: (.*)$", text, re.MULTILINE)[1]
     assert (datetime.now() - datetime.fromisoformat(made)).total_seconds() < 100
