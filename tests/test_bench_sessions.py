@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.report import Row, write_json
+from tests.warm_start import start
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,23 +51,28 @@ bench.providers.compiled = lambda call: call
 '''
 
 
-def session(*arguments, path=()):
-    """`pytest` as typed in the repository's root, in a process like a user's."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (*path, ROOT)))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+def session(folder, *arguments):
+    """`pytest` as typed in the repository's root, in a process like a user's: its exit code and
+    what it said. Modules are found in `folder`, too."""
+    process = start(
+        folder / "session",
+        *("-m", "pytest", "-p", "no:cacheprovider", *arguments),
+        variables={"PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT)))},
+        working_folder=ROOT,
+    )
+    code = process.wait(280)
+    return code, process.said()[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_session_without_a_gpu():
-    done = session("bench/")
-    assert done.returncode == 0, done.stdout
-    assert "No CUDA GPU here, so nothing is timed" in done.stdout
-    assert "rms_norm" in done.stdout.split("registers / spilled bytes / shared bytes")[1]
+def test_session_without_a_gpu(tmp_path):
+    code, said = session(tmp_path, "bench/")
+    assert code == 0, said
+    assert "No CUDA GPU here, so nothing is timed" in said
+    assert "rms_norm" in said.split("registers / spilled bytes / shared bytes")[1]
     # In one process, whatever pyproject.toml says of the tests; every operator was compared.
-    assert "workers" not in done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 46
+    assert "workers" not in said
+    assert int(re.search(r"(\d+) passed", said)[1]) >= 46
 
 
 def test_session_on_a_fake_gpu(tmp_path):
@@ -80,22 +84,22 @@ def test_session_on_a_fake_gpu(tmp_path):
     ]
     write_json(tmp_path / "kept.json", kept, gpu="Fake H200")
     files = {name: tmp_path / name for name in ("now.json", "chart.png", "benchmark.json")}
-    done = session(
+    code, said = session(
+        tmp_path,
         *("-p", "fake_gpu", "bench/test_rms_norm.py::test_rms_norm"),
         "bench/test_cross_entropy.py::test_linear_cross_entropy",
         *("--json", files["now.json"], "--chart", files["chart.png"]),
         *("--compare", tmp_path / "kept.json", "--benchmark-json", files["benchmark.json"]),
-        path=[tmp_path],
     )
     # 1.2 x torch.compile became 1.0 x.
-    assert done.returncode == 1, done.stdout
-    assert "rms_norm d20 backward: 1.200 x torch.compile before, 1.000 x now" in done.stdout
-    assert "16.7% lost, 5% allowed" in done.stdout
-    assert " failed" not in done.stdout
-    assert "open    newton_schulz" in done.stdout
-    assert "1.000 x (2.00 ms, products 2.00 ms)" in done.stdout
-    assert "NOT MET medians of long calls" in done.stdout
-    assert "+100.0%" in done.stdout.split("Ours beside triton.testing.do_bench")[1]
+    assert code == 1, said
+    assert "rms_norm d20 backward: 1.200 x torch.compile before, 1.000 x now" in said
+    assert "16.7% lost, 5% allowed" in said
+    assert " failed" not in said
+    assert "open    newton_schulz" in said
+    assert "1.000 x (2.00 ms, products 2.00 ms)" in said
+    assert "NOT MET medians of long calls" in said
+    assert "+100.0%" in said.split("Ours beside triton.testing.do_bench")[1]
     assert files["chart.png"].read_bytes().startswith(b"\x89PNG")
 
     now = json.loads(files["now.json"].read_text())

@@ -41,7 +41,7 @@ EVERY = ["--eval-every=0", "--save-every=4"]
 
 def killed_after_a_checkpoint(stage: str, flags: list[str], folder: Path) -> None:
     """Start a stage as users do; kill -9 as soon as there is something to go on from."""
-    run = start(folder / "started" / stage, stage, *flags)
+    run = start(folder / "started" / stage, f"train/{stage}.py", *flags)
     deadline = time.monotonic() + 100
     while not list_steps(folder / "runs" / f"{stage}-d2" / "checkpoints"):
         assert run.returncode is None, run.said()

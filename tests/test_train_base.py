@@ -97,7 +97,7 @@ def test_a_run_ends_with_everything_it_promises(uninterrupted):
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, cache, uninterrupted):
     run = tmp_path / "run"
     flags = ("--device=cpu", *TINY, f"--cache={cache}", f"--out={run}")
-    killed = start_ranks(tmp_path / "killed", 2, "base", *flags)
+    killed = start_ranks(tmp_path / "killed", 2, "train/base.py", *flags)
     deadline = time.monotonic() + 200
     while not (run / "checkpoints" / "step_000004").exists():
         assert all(rank.returncode is None for rank in killed), [rank.said() for rank in killed]
@@ -108,7 +108,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, cache, un
     assert [rank.wait(60) for rank in killed] == [-signal.SIGKILL] * 2
     assert len(rows(run, "step")) < 12
 
-    resumed = start_ranks(tmp_path / "resumed", 2, "base", *flags, "--resume")
+    resumed = start_ranks(tmp_path / "resumed", 2, "train/base.py", *flags, "--resume")
     assert [rank.wait(200) for rank in resumed] == [0, 0], [rank.said() for rank in resumed]
     assert "resumed after step" in resumed[0].said()[0]
     assert figures(run) == figures(uninterrupted)
@@ -196,7 +196,7 @@ def children(pid: int) -> list[int]:
 
 def test_of_several_processes_one_tells_the_mistake(tmp_path, cache):
     flags = ("--device=cpu", *TINY, f"--cache={cache}", f"--out={tmp_path / 'run'}", "--depth=11")
-    ranks = start_ranks(tmp_path / "ranks", 2, "base", *flags)
+    ranks = start_ranks(tmp_path / "ranks", 2, "train/base.py", *flags)
     assert [rank.wait(100) for rank in ranks] == [2, 2]
     told = [line for rank in ranks for line in rank.said()[1].splitlines()]
     assert sum(line.startswith("error: ") for line in told) == 1

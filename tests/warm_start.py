@@ -1,5 +1,5 @@
-"""Programs of train/ started as users start them, but for the seconds that importing PyTorch takes:
-each is forked from a process that has done so, and runs its file as Python would.
+"""Programs started as users start them, but for the seconds that importing PyTorch takes: each is
+forked from a process that has done so, and runs its file or module as Python would.
 
 That process is this file, run as a program. It has one thread, and neither a GPU nor the
 interpreter of Triton's kernels.
@@ -7,6 +7,7 @@ interpreter of Triton's kernels.
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -58,18 +60,24 @@ class Started:
         return (self._folder / name).read_text()
 
 
-def start(folder: Path, program: str, *flags: object, **environment: object) -> Started:
-    """train/{program}.py. folder: is made, for what this process says of itself.
+def start(
+    folder: Path,
+    *arguments: object,
+    variables: Mapping[str, object] | None = None,
+    working_folder: Path | None = None,
+) -> Started:
+    """`python *arguments`: a file of this repository and its flags, or -m, a module and its flags.
 
-    environment: variables that differ from this process's.
+    folder: is made, for what is told of the process. variables: of its environment, beside those of
+    a user's shell.
     """
     folder.mkdir(parents=True)
-    variables = _outside_of_tests() | {name: str(value) for name, value in environment.items()}
+    further = {name: str(value) for name, value in (variables or {}).items()}
     job = {
         "folder": str(folder.absolute()),
-        "arguments": [str(ROOT / "train" / f"{program}.py"), *map(str, flags)],
-        "working_folder": str(Path.cwd()),
-        "environment": variables,
+        "arguments": list(map(str, arguments)),
+        "working_folder": str(working_folder or Path.cwd()),
+        "environment": _users_environment() | further,
     }
     server = _server()
     assert server.poll() is None
@@ -79,7 +87,7 @@ def start(folder: Path, program: str, *flags: object, **environment: object) -> 
     return Started(folder)
 
 
-def start_ranks(folder: Path, count: int, program: str, *flags: object) -> list[Started]:
+def start_ranks(folder: Path, count: int, *arguments: object) -> list[Started]:
     """As many processes as torchrun would start on one node, without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,20 +95,27 @@ def start_ranks(folder: Path, count: int, program: str, *flags: object) -> list[
     world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        start(folder / f"rank{rank}", program, *flags, RANK=rank, LOCAL_RANK=rank, **world)
+        start(
+            folder / f"rank{rank}",
+            *arguments,
+            variables=world | {"RANK": rank, "LOCAL_RANK": rank},
+        )
         for rank in range(count)
     ]
 
 
-def _outside_of_tests() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def _users_environment() -> dict[str, str]:
+    ours = ("PYTEST_", "TRITON_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    # One thread, whatever a program asks for: several would wait for each other longer than they
+    # compute.
+    return kept | {"OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1", "PYTHONPATH": str(ROOT)}
 
 
 @functools.cache
 def _server() -> subprocess.Popen:
     server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=_outside_of_tests()
+        [sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=_users_environment()
     )
 
     def end() -> None:
@@ -114,8 +129,9 @@ def _server() -> subprocess.Popen:
 def _serve() -> None:
     for module in _IMPORTED:
         import_module(module)
-    # Nobody waits for the processes that tell of the programs.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Collecting garbage would write to, and so copy, what the programs share.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         if os.fork() == 0:
             _run_and_tell(**json.loads(line))
@@ -124,7 +140,6 @@ def _serve() -> None:
 def _run_and_tell(
     folder: str, arguments: list[str], working_folder: str, environment: dict[str, str]
 ) -> NoReturn:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     told = Path(folder)
     program = os.fork()
     if program == 0:
@@ -135,8 +150,14 @@ def _run_and_tell(
             file = os.open(path, os.O_RDWR | os.O_CREAT)
             os.dup2(file, stream)
             os.close(file)
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+        paths = environment["PYTHONPATH"].split(os.pathsep)
+        sys.path[:0] = [path for path in paths if path not in sys.path]
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
+            runpy.run_path(sys.argv[0], run_name="__main__")
         sys.exit()
     _write_whole(told / "pid", program)
     _, status = os.waitpid(program, 0)

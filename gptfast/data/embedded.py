@@ -6,6 +6,7 @@ between Python versions, so figures measured on it are comparable within one ver
 
 import ast
 import hashlib
+import os
 import platform
 import sysconfig
 import tokenize
@@ -42,8 +43,7 @@ def write_embedded(folder: Path) -> None:
 
 def _modules() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    paths = [path for path in paths if not _LEFT_OUT.intersection(path.parts)]
+    paths = sorted(_files(root))
     if not paths:
         raise UserError(
             f"this Python carries no readable standard library in {root}: "
@@ -56,6 +56,14 @@ def _modules() -> Iterator[tuple[str, str]]:
             yield from _topics(text)
         else:
             yield path.as_posix(), text
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Relative to root. Folders that are left out are not looked into: some are very large."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        inside = Path(folder).relative_to(root)
+        yield from (inside / name for name in names if name.endswith(".py"))
 
 
 def _topics(source: str) -> Iterator[tuple[str, str]]:
