@@ -61,15 +61,22 @@ def assert_exact(found: torch.Tensor, inputs: dict) -> None:
 @pytest.mark.parametrize(
     "buffers", BUFFERS, ids=lambda buffers: "-".join(map(str, buffers.values()))
 )
-# The least, and more; each not whole steps.
-@pytest.mark.parametrize("more", [0, 4])
-# A few tiles in an order of groups, tiles that end inside the matrix, one tile.
-@pytest.mark.parametrize("shape", [(64, 96), (56, 72), (16, 32)])
-def test_every_element_is_right_whenever_blocks_come(shape, more, buffers, kind, late, monkeypatch):
+def test_every_element_is_right_whenever_blocks_come(buffers, kind, late, monkeypatch):
+    """Tiles that end inside the matrix; the least K and more, neither of whole steps."""
     emulate(monkeypatch, late=late)
     config = SMALL | buffers
-    inputs = operands(*shape, least_depth(config) + 7 + 16 * more, kind, device="cpu")
-    assert_exact(product(**inputs, config=config), inputs)
+    for more in (0, 4):
+        inputs = operands(56, 72, least_depth(config) + 7 + 16 * more, kind, device="cpu")
+        assert_exact(product(**inputs, config=config), inputs)
+
+
+@of_any_kind
+# A few whole tiles in an order of groups; one.
+@pytest.mark.parametrize("shape", [(64, 96), (16, 32)])
+def test_whole_tiles(shape, kind, monkeypatch):
+    emulate(monkeypatch)
+    inputs = operands(*shape, least_depth(SMALL) + 7, kind, device="cpu")
+    assert_exact(product(**inputs, config=SMALL), inputs)
 
 
 def test_fill():
