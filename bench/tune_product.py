@@ -1,13 +1,13 @@
 """Is our product faster than cuBLAS's, with squared ReLU behind it and without?
 
-    python -m bench.tune_product                     # d20; one Hopper GPU, about two minutes
+    python -m bench.tune_product                     # d20; one Hopper GPU, under a minute
     python -m bench.tune_product --depths 12 26 32   # of other depths
     python -m bench.tune_product --every-config      # and with other launch configurations
 
 Every product of a step but the weights' gradients: forward and input gradients, the head's of one
 chunk, under load and interleaved (bench/timing.py). Where squared ReLU or its derivative follows,
-cuBLAS stands alone and with an elementwise kernel behind it. Products that kernels/linear.py leaves
-to cuBLAS are marked.
+cuBLAS stands alone and with an elementwise kernel behind it. Products whose tiles would leave gaps
+are marked: kernels/linear.py leaves such to cuBLAS.
 
 Predicted before this kernel was measured, of its forerunner in Triton (1.36 ms forward; backward
 1.58, and 1.77 in a step of two GPUs; cuBLAS alone 1.35): the epilogue beside the next tile takes
@@ -15,7 +15,7 @@ cuBLAS's time, or 1.31 ms each way if that is reached. Forward it does; backward
 which has to carry the gate too, allows no less than 1.47.
 """
 
-import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ from torch import Tensor
 from bench.case import rand
 from bench.timing import LOAD_MS, Contender, Cost, Gpu, Stages, as_it_is, buffer_sets, interleave
 from gptfast.model import GPTConfig
+from gptfast.run import exit_code, prepare_to_write, write_json
 from kernels.cross_entropy import CHUNKS, chunk_rows
-from kernels.product import CONFIG, is_faster, product
+from kernels.product import CONFIG, fills_gpu, product
 from kernels.squared_relu import squared_relu, squared_relu_bwd
 
 CUBLAS, PAIR, OURS = "cuBLAS", "cuBLAS + elementwise", "ours"
@@ -51,6 +52,7 @@ class Settings:
     only: tuple[str, ...] = ()
     """Names of products, whole; otherwise all."""
     every_config: bool = False
+    """Ours with each of CONFIGS, too."""
     out: Path | None = None
     """Keep the figures here, as JSON."""
 
@@ -68,9 +70,9 @@ class Product:
     gated: bool = False
 
     def operands(self) -> tuple[Tensor, ...]:
-        a, scale = rand(self.m, self.k), self.k**-0.5
-        b = rand(self.n, self.k, scale=scale).t() if self.transposed else None
-        b = rand(self.k, self.n, scale=scale) if b is None else b
+        shape = (self.n, self.k) if self.transposed else (self.k, self.n)
+        a, b = rand(self.m, self.k), rand(*shape, scale=self.k**-0.5)
+        b = b.t() if self.transposed else b
         return (a, b, rand(self.m, self.n).relu().square()) if self.gated else (a, b)
 
     def calls(self, every_config: bool) -> dict[str, Callable[..., Tensor]]:
@@ -125,8 +127,8 @@ def measure(gpu: Gpu, which: Product, every_config: bool) -> dict[str, float]:
     }
     samples = interleave({n: c.sample for n, c in contenders.items()}, seconds=0.0)
     ms = {name: samples[name].quantile(0.5) for name in samples}
-    chosen = "" if is_faster(*sets[0][:2]) else ", left to cuBLAS if nothing follows"
-    print(f"{which.name}: {m} x {k} x {n}{chosen}")
+    gaps = "" if fills_gpu(*sets[0][:2]) else ", with gaps"
+    print(f"{which.name}: {m} x {k} x {n}{gaps}")
     for name in ms:
         rate = cost.flops / ms[name] / 1e9
         print(f"  {name:50}{ms[name]:8.4f} ms{rate:6.0f} TFLOP/s{ms[name] / ms[CUBLAS]:7.3f}")
@@ -137,6 +139,8 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise SystemExit("needs a Hopper GPU")
+    if settings.out is not None:
+        prepare_to_write(settings.out)
     gpu, kept = Gpu(), {}
     print(f"{gpu.name}, torch {torch.__version__}")
     for depth in settings.depths:
@@ -147,8 +151,8 @@ def main() -> None:
             kept[f"d{depth}, {which.name}"] = measure(gpu, which, settings.every_config)
             gpu.release()
     if settings.out is not None:
-        settings.out.write_text(json.dumps({"gpu": gpu.name, "ms": kept}, indent=1) + "\n")
+        write_json(settings.out, {"gpu": gpu.name, "ms": kept})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import as_rows, check_tensors
-from kernels.product import is_faster, product
+from kernels.product import fills_gpu, product
 
 
 def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("gptfast::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return product(x, weight.t()) if is_faster(x, weight.t()) else x @ weight.t()
+    return product(x, weight.t()) if fills_gpu(x, weight.t()) else x @ weight.t()
 
 
 @_linear.register_fake

@@ -88,9 +88,10 @@ def takes(a: Tensor, b: Tensor) -> bool:
     return on_hopper and a.dtype in (torch.bfloat16, torch.float16) and suits(len(a), *b.shape)
 
 
-def is_faster(a: Tensor, b: Tensor) -> bool:
-    """Whether it should if nothing follows. Where its tiles leave gaps cuBLAS has others: for d26's
-    qkv, 19.5 tiles wide, it takes 0.974 of ours' time (bench/results/product-h200.json)."""
+def fills_gpu(a: Tensor, b: Tensor) -> bool:
+    """Whether `product` takes these and its tiles leave few gaps. Where they do, cuBLAS has other
+    tiles: for d26's qkv, 19.5 wide, it takes 0.973 of the time (bench/results/product-h200.json).
+    Where they don't, ours need not be faster: for d20's head it is not."""
     m, n = len(a), b.shape[1]
     whole = n % CONFIG["BLOCK_N"] == 0
     return takes(a, b) and whole and fill(m, n, _multiprocessors(a)) >= LEAST_FILL
@@ -125,7 +126,7 @@ def product(
     `least_depth`; what is not contiguous, or not aligned, is copied first. Checks nothing.
     """
     config = dict(config)
-    transposed = b.stride(0) == 1 and b.shape[0] > 1
+    transposed = b.stride(0) == 1
     a, b = _operand(a), _operand(b.t() if transposed else b)
     m, k = a.shape
     n = b.shape[0] if transposed else b.shape[1]

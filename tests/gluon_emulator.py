@@ -253,11 +253,12 @@ def emulate_or_skip(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("not Hopper")
 
 
-def multiply_by_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def by_our_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators multiply by kernels/product.py's kernel, emulated or on Hopper, however few rows
     there are; where a row is too short for it, as ever."""
     emulate_or_skip(monkeypatch)
-    for module, name in (("kernels.linear", "is_faster"), ("kernels.mlp", "takes")):
+    for module, name in (("kernels.linear", "fills_gpu"), ("kernels.mlp", "takes")):
         monkeypatch.setattr(
             import_module(module), name, lambda a, b: a.shape[1] >= product.least_depth()
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.linear import linear, linear_ref
-from tests.gluon_emulator import multiply_by_product
+from tests.gluon_emulator import by_our_product
 from tests.operators import (
     DEVICE,
     DTYPES,
@@ -15,16 +15,13 @@ from tests.operators import (
     randn,
 )
 
+__all__ = ["by_our_product"]
+
 TRAINED = [(65536, 1280, 3840), (65536, 1280, 1280), (4097, 1024, 2816)]
 
 
 def operands(m: int, k: int, n: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [randn(m, k, dtype=dtype), randn(n, k, dtype=dtype, scale=k**-0.5)]
-
-
-@pytest.fixture
-def by_our_product(monkeypatch):
-    multiply_by_product(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

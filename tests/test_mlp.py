@@ -6,7 +6,7 @@ import torch
 from kernels import mlp
 from kernels.mlp import squared_relu_mlp, squared_relu_mlp_ref
 from kernels.product import takes
-from tests.gluon_emulator import multiply_by_product
+from tests.gluon_emulator import by_our_product
 from tests.operators import (
     DEVICE,
     DTYPES,
@@ -18,6 +18,8 @@ from tests.operators import (
     randn,
 )
 
+__all__ = ["by_our_product"]
+
 TRAINED = [(65536, 1280, 5120), (4097, 2048, 8192)]
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -28,12 +30,6 @@ def operands(m: int, c: int, f: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [randn(*shape, dtype=dtype, scale=scale) for shape, scale in scales.items()]
 
 
-@pytest.fixture
-def in_epilogue(monkeypatch):
-    """All products that can end in the activation do."""
-    multiply_by_product(monkeypatch)
-
-
 @over_dtypes
 def test_accurate(dtype):
     inputs = operands(18, 24, 40, dtype)
@@ -41,14 +37,14 @@ def test_accurate(dtype):
     assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
 
 
-@pytest.mark.usefixtures("in_epilogue")
+@pytest.mark.usefixtures("by_our_product")
 def test_accurate_with_the_activation_in_the_epilogue():
     for m in (0, 3, 130):
         inputs = operands(m, 520, 528, torch.bfloat16)
         assert_accurate(squared_relu_mlp, squared_relu_mlp_ref, inputs)
 
 
-@pytest.mark.usefixtures("in_epilogue")
+@pytest.mark.usefixtures("by_our_product")
 @pytest.mark.parametrize("place", ["x", "fc", "proj", "dy"])
 def test_operands_anywhere_with_the_activation_in_the_epilogue(place):
     """Rows that are not multiples of 16 bytes apart, and what begins at no multiple of them."""

@@ -43,8 +43,10 @@ def test_symmetric_products(r, k):
     ):
         # Bit for bit on a GPU. NumPy, which interprets the kernel, may add up the products of row i
         # and row j in another order than those of j and i.
-        loose = {"rtol": 0.0, "atol": 0.0} if DEVICE == "cuda" else {"rtol": SPACING, "atol": 1e-6}
-        torch.testing.assert_close(ours, ours.mT, **loose)
+        tolerance = (
+            {"rtol": 0.0, "atol": 0.0} if DEVICE == "cuda" else {"rtol": SPACING, "atol": 1e-6}
+        )
+        torch.testing.assert_close(ours, ours.mT, **tolerance)
         error = (ours.double() - exact).abs()
         # Half a spacing for the rounding, and what fp32 sums of terms of either sign may lose.
         assert (error <= SPACING / 2 * exact.abs() + 1e-4).all(), error.max()

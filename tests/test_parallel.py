@@ -10,6 +10,17 @@ from gptfast.model import GPT, GPTConfig
 CONFIG = GPTConfig(sequence_len=8, vocab_size=37, n_layer=3, n_head=2, n_kv_head=2, n_embd=16)
 
 
+def build(world: parallel.World, compute_dtype: torch.dtype) -> GPT:
+    return parallel.build_sharded(
+        lambda: GPT(CONFIG),
+        world,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=False,
+        compile_blocks=False,
+        seed=1,
+    )
+
+
 @pytest.mark.parametrize(
     ("nodes", "reshard", "blocks"), [(1, False, 10), (2, False, 1), (1, True, 1)]
 )
@@ -41,14 +52,7 @@ def test_a_step_in_units_of_several_blocks(monkeypatch, blocks, units):
     monkeypatch.setattr(parallel, "BLOCKS_PER_UNIT", blocks)
     ids = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
     with parallel.start(cpu=True) as world:
-        sharded = parallel.build_sharded(
-            lambda: GPT(CONFIG),
-            world,
-            compute_dtype=torch.float32,
-            reshard_after_forward=False,
-            compile_blocks=False,
-            seed=1,
-        )
+        sharded = build(world, torch.float32)
         states = {id(m._get_fsdp_state()) for m in sharded.modules() if hasattr(m, "unshard")}
         # Embedding, blocks, head; and the root, with no parameters of its own.
         assert len(states) == units + 1
@@ -78,14 +82,7 @@ def test_alone_gradients_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(parallel.InPlace, "allocate", seen)
     ids = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
     with parallel.start(cpu=True) as world:
-        sharded = parallel.build_sharded(
-            lambda: GPT(CONFIG),
-            world,
-            compute_dtype=torch.bfloat16,
-            reshard_after_forward=False,
-            compile_blocks=False,
-            seed=1,
-        )
+        sharded = build(world, torch.bfloat16)
         for passes in (1, 2, 1):
             given.clear()
             sharded.zero_grad()

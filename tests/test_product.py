@@ -5,7 +5,7 @@ import torch
 
 from kernels import product as module
 from kernels.launch import upcast
-from kernels.product import CONFIG, LEAST_FILL, fill, is_faster, least_depth, product
+from kernels.product import CONFIG, LEAST_FILL, fill, fills_gpu, least_depth, product
 from kernels.squared_relu import squared_relu_ref
 from tests.gluon_emulator import Hazard, _Machine, emulate, emulate_or_skip
 from tests.operators import DEVICE, DTYPES, dtype_id, randn
@@ -90,15 +90,15 @@ def test_fill():
     assert fill(65536, 640, 132) < 0.85
 
 
-def test_is_faster(monkeypatch):
+def test_fills_gpu(monkeypatch):
     """In whole tiles, and enough of them; asked as on a GPU of 132 multiprocessors."""
     monkeypatch.setattr(module, "takes", lambda a, b: True)
     monkeypatch.setattr(module, "_multiprocessors", lambda x: 132)
     x = torch.empty(65536, 1, device="meta")
     widths = {"d20's": 1280, "d12's qkv": 2304, "d26's qkv": 4992, "d10's": 640}
-    chosen = {name: is_faster(x, x.new_empty(1, n)) for name, n in widths.items()}
+    chosen = {name: fills_gpu(x, x.new_empty(1, n)) for name, n in widths.items()}
     assert chosen == {"d20's": True, "d12's qkv": True, "d26's qkv": False, "d10's": False}
-    assert not is_faster(x[:4096], x.new_empty(1, 1280))
+    assert not fills_gpu(x[:4096], x.new_empty(1, 1280))
 
 
 def test_the_emulator_sees_what_is_missing(monkeypatch):

@@ -69,7 +69,7 @@ def test_kernels_agree_with_their_references(name):
 
 
 def test_on_a_gpu_our_product_is_tried_too():
-    """Alone, both ways, and with the activation."""
+    """Alone, and with the activation both ways."""
     rows, columns = MANY
     assert suits(rows, columns, 4 * columns)
     for multiprocessors in (78, 114, 132):

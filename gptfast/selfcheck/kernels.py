@@ -134,7 +134,7 @@ def kernel_cases(device: torch.device) -> list[Case]:
 
 
 def full_gpu(multiprocessors: int) -> tuple[int, int]:
-    """(rows, width) of a square layer whose product is ours, both ways: its tiles fill the GPU."""
+    """(rows, width) of a square layer whose product is ours: its tiles fill the GPU."""
     return CONFIG["BLOCK_M"] * multiprocessors, 3 * CONFIG["BLOCK_N"]
 
 
